@@ -1,0 +1,28 @@
+"""The configuration of a run: schema (all keys), resolve (files and overrides to dataclasses), checks (pairs)."""
+
+from llm_jax.config.checks import check, check_devices
+from llm_jax.config.resolve import (
+    config_names,
+    differences,
+    find_config,
+    from_dict,
+    load,
+    to_dict,
+)
+from llm_jax.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    DropoutConfig,
+    EvalConfig,
+    GenerateConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RopeConfig,
+    SourceConfig,
+    TrainConfig,
+)

@@ -1,0 +1,274 @@
+"""Every key of a run: its type, default, range and meaning, in one place.
+
+The classes are plain frozen dataclasses. `resolve.py` turns a ConfigDict (a config file plus command-line
+overrides) into them once; below the command line nothing else is passed around. A layer or a loader takes
+only its own small part, never the whole run's `Config`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+
+def one_of(*choices: str) -> Any:
+    """A string field restricted to `choices`; the first is the default."""
+    return dataclasses.field(default=choices[0], metadata={"choices": choices})
+
+
+def bounded(default: float, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Any:
+    """A number field in [low, high], or in (low, high] with `open_low`."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+
+
+def at_least(low: float, default: float) -> Any:
+    return bounded(default, low)
+
+
+def positive(default: float) -> Any:
+    return bounded(default, 0.0, open_low=True)
+
+
+def fraction(default: float) -> Any:
+    return bounded(default, 0.0, 1.0)
+
+
+def nested(cls: type, **changes: Any) -> Any:
+    return dataclasses.field(default_factory=lambda: cls(**changes))
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and the ways to stretch them to longer contexts."""
+
+    base: float = positive(10_000.0)  # wavelengths run from 2*pi to 2*pi*base
+    fraction: float = bounded(1.0, 0.0, 1.0, open_low=True)  # share of each head that rotates
+    scaling: str = one_of("none", "linear", "llama3", "yarn")
+    factor: float = at_least(1.0, 1.0)  # how many times longer than original_length
+    original_length: int = at_least(1, 8192)  # the context the unscaled model was trained on (llama3, yarn)
+    low_freq_factor: float = positive(1.0)  # llama3: wavelengths above original_length / this are fully scaled
+    high_freq_factor: float = positive(4.0)  # llama3: wavelengths below original_length / this are left alone
+    beta_fast: float = positive(32.0)  # yarn: rotations in original_length above which nothing is scaled
+    beta_slow: float = positive(1.0)  # yarn: rotations below which all is scaled
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutConfig:
+    """The four usual places (Vaswani et al. 2017, section 5.4; GPT-2)."""
+
+    embedding: float = fraction(0.0)  # after token plus position
+    attention: float = fraction(0.0)  # attention probabilities
+    attention_output: float = fraction(0.0)  # before the attention residual
+    mlp_output: float = fraction(0.0)  # before the MLP residual
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer, from GPT-2/3 to the LLaMA line."""
+
+    family: str = one_of("decoder")
+    vocab_size: int = at_least(0, 0)  # 0: the tokenizer's
+    vocab_multiple: int = at_least(1, 1)  # embedding rows are padded up to a multiple of this
+    padded_vocab_in_softmax: bool = False  # nanoGPT's habit; otherwise padded ids get probability zero
+    num_layers: int = at_least(1, 4)
+    embed_dim: int = at_least(1, 128)
+    num_heads: int = at_least(1, 4)
+    num_kv_heads: int = at_least(0, 0)  # 0: num_heads; 1: multi-query; between: grouped-query
+    head_dim: int = at_least(0, 0)  # 0: embed_dim / num_heads
+    mlp_dim: int = at_least(0, 0)  # 0: 4 * embed_dim
+    max_length: int = at_least(1, 1024)  # longest context; rows of a learned position table
+    positions: str = one_of("rotary", "learned", "sinusoidal", "relative", "none")
+    rope: RopeConfig = nested(RopeConfig)
+    relative_buckets: int = at_least(2, 32)  # relative-bias positions (T5, arXiv 1910.10683)
+    relative_max_distance: int = at_least(2, 128)
+    norm: str = one_of("rmsnorm", "layernorm")
+    norm_eps: float = positive(1e-5)
+    norm_scale: bool = True  # False: norms without learned parameters
+    norm_placement: str = one_of("pre", "post")
+    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu")
+    bias: str = one_of("none", "all", "qkv")  # which linear layers (and, for "all", LayerNorms) have a bias
+    tie_embeddings: bool = True  # the output head is the embedding, transposed
+    embedding_scale: bool = False  # multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)
+    qk_norm: bool = False  # RMSNorm on every query and key head
+    attention_softcap: float = at_least(0.0, 0.0)  # c*tanh(x/c) on attention scores; 0: off
+    logits_softcap: float = at_least(0.0, 0.0)  # the same on the logits
+    sliding_window: int = at_least(0, 0)  # each token sees itself and this many minus one before it; 0: all
+    attention_output_scale: float = positive(1.0)  # factor on each attention block's output
+    dropout: DropoutConfig = nested(DropoutConfig)
+    init: str = one_of("normal", "torch")  # torch: linear layers U(+-1/sqrt(fan_in)), as torch.nn.Linear
+    init_std: float = positive(0.02)
+    residual_init_scale: bool = True  # projections into the residual stream start 1/sqrt(2*num_layers) smaller
+    scan_layers: bool = True  # one compiled layer, looped; False: every layer compiled (faster on small models)
+    remat: str = one_of("none", "full", "dots", "dots_no_batch")  # what the backward pass recomputes
+    attention_kernel: str = one_of("auto", "reference", "xla", "cudnn")
+
+
+MODEL_FAMILIES = {"decoder": DecoderConfig}
+ModelConfig = DecoderConfig
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+DATA_FORMATS = (
+    "auto", "text", "jsonl", "parquet", "arrayrecord", "nanogpt", "llmc", "megatron", "hf", "stdlib", "synthetic",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One corpus of a mixture."""
+
+    path: str = ""  # file, folder or glob; "hf:owner/name" for a hub dataset
+    format: str = one_of(*DATA_FORMATS)  # auto: by the file's ending and first bytes
+    validation_path: str = ""  # held-out files; "": split off path by data.validation_fraction
+    text_key: str = "text"  # field of a record that holds the text (jsonl, parquet, arrayrecord, hf)
+    separator: str = ""  # splits one text file into documents; "": a file is a document
+    weight: float = positive(1.0)  # share of tokens, relative to the others
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or the built-in "stdlib" and "synthetic"
+    format: str = one_of(*DATA_FORMATS)
+    validation_path: str = ""
+    text_key: str = "text"
+    separator: str = ""
+    mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # replaces path when not empty
+    mixture_temperature: float = positive(1.0)  # weights to the power 1/temperature: above 1 is more even
+    tokenizer: str = "byte"  # byte, char, bpe (trained here), none (token files), or a tokenizer.json / .model
+    tokenizer_vocab_size: int = at_least(257, 4096)  # for bpe
+    eos: str = one_of("append", "prepend", "none")  # where the end-of-document token goes
+    sequence_length: int = at_least(1, 256)
+    packing: str = one_of("concat", "first_fit", "best_fit", "crops")
+    long_documents: str = one_of("split", "drop", "error")  # longer than sequence_length under first_fit, best_fit
+    mask_documents: bool = True  # no attention or loss across document borders; positions restart
+    shuffle: bool = True
+    validation_fraction: float = bounded(0.05, 0.0, 0.5)
+    validation_split: str = one_of("auto", "documents", "tail")  # auto: tail for a single document
+    max_bad_records: int = at_least(0, 0)  # records that may be skipped before the run is refused
+    cache_dir: str = ""  # prepared token stores; "": $LLM_JAX_CACHE or ~/.cache/llm_jax
+    prefetch: int = at_least(1, 8)  # batches read ahead
+    workers: int = at_least(0, 0)  # processes that read; 0: threads (enough for prepared stores)
+
+    def sources(self) -> dict[str, SourceConfig]:
+        """The corpora by name, one or many."""
+        if self.mixture:
+            return dict(self.mixture)
+        single = SourceConfig(self.path, self.format, self.validation_path, self.text_key, self.separator)
+        return {"data": single}
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = at_least(0, 0)  # exactly one of steps, tokens, epochs is set
+    tokens: int = at_least(0, 0)
+    epochs: float = at_least(0.0, 0.0)
+    global_batch_size: int = at_least(1, 32)  # sequences a step over all devices and micro-batches
+    per_device_batch_size: int = at_least(0, 0)  # 0: unchecked; else must agree with the global one
+    accumulation: int = at_least(1, 1)  # micro-batches a step
+    z_loss: float = at_least(0.0, 0.0)  # coefficient on log(Z)^2 (PaLM, t5x)
+    label_smoothing: float = bounded(0.0, 0.0, 0.999)
+    max_bad_steps: int = at_least(1, 5)  # non-finite steps in a row that stop the run
+    ema_decay: float = bounded(0.0, 0.0, 0.999999)  # 0: no average; else evaluation uses it
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    name: str = one_of("adamw", "adafactor", "lion", "muon", "sgd")
+    learning_rate: float = positive(3e-4)
+    schedule: str = one_of("cosine", "linear", "constant", "inverse_sqrt", "wsd")
+    warmup_steps: int = at_least(0, 0)
+    warmup_ratio: float = fraction(0.0)  # of all steps; instead of warmup_steps
+    warmup_form: str = one_of("(i+1)/(w+1)", "(i+1)/w", "i/w")  # factor at update i of a w-update warm-up
+    decay_steps: int = at_least(0, 0)  # update at which the decay ends; 0: the last
+    cooldown_ratio: float = fraction(0.2)  # wsd: share of all steps spent decaying, linearly
+    final_ratio: float = fraction(0.1)  # learning rate at the end, relative to the peak
+    beta1: float = bounded(0.9, 0.0, 0.999999)  # also the momentum of sgd and muon
+    beta2: float = bounded(0.95, 0.0, 0.999999)
+    eps: float = positive(1e-8)
+    weight_decay: float = at_least(0.0, 0.1)
+    decay_mask: str = one_of("matrices", "hidden", "all")  # matrices: linears and embeddings; hidden: linears
+    clip_norm: float = at_least(0.0, 1.0)  # global gradient norm; 0: off
+    normalize_gradients: bool = False  # divide each tensor's gradient by its own norm
+    lr_multipliers: tuple[str, ...] = ()  # "PATTERN=FACTOR" on parameter paths (re.fullmatch)
+    freeze: tuple[str, ...] = ()  # patterns of parameter paths that do not train
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; at most one may be -1 (all remaining devices)."""
+
+    data: int = at_least(-1, -1)  # replicas of the parameters, each with its part of the batch
+    fsdp: int = at_least(-1, 1)  # shards the batch, the parameters and the optimizer state
+    tensor: int = at_least(-1, 1)  # splits heads, MLP and vocabulary
+    parameter_rules: tuple[str, ...] = ()  # changes to the rule tables: "logical_axis=mesh_axis+mesh_axis"
+    optimizer_rules: tuple[str, ...] = ()  # the optimizer state's, where it should differ from the parameters'
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    params: str = one_of("float32", "bfloat16", "float64")
+    compute: str = one_of("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = at_least(0, 1000)  # steps; 0: only at the end
+    keep_latest: int = at_least(1, 2)
+    keep_best: int = at_least(0, 1)  # by evaluation loss
+    keep_every: int = at_least(0, 0)  # also keep every multiple of this; 0: none
+    resume: str = one_of("auto", "must", "never")  # auto: go on where the work directory stands
+    resume_from: str = ""  # another run's folder: its whole state, at its latest step
+    init_from: str = ""  # another run's folder: its parameters only
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = at_least(0, 500)  # steps; 0: only at the end
+    batches: int = at_least(0, 0)  # of the fixed set, from its start; 0: the whole validation split
+    batch_size: int = at_least(0, 0)  # sequences; 0: train.global_batch_size
+    sampling: str = one_of("sequential", "random")  # random: fresh random crops, as nanoGPT's estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = at_least(1, 10)
+    trackers: tuple[str, ...] = ("tensorboard",)  # of tensorboard, wandb, mlflow; metrics.jsonl is always written
+    profile_start: int = at_least(0, 0)  # first step of a profiler trace
+    profile_steps: int = at_least(0, 0)  # its length; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How text is sampled: at the end of a run, and by `llm-jax generate`."""
+
+    prompt: str = ""
+    max_tokens: int = at_least(0, 128)  # 0: none
+    temperature: float = at_least(0.0, 0.8)  # 0: greedy
+    top_k: int = at_least(0, 0)  # 0: all
+    top_p: float = bounded(1.0, 0.0, 1.0, open_low=True)
+    min_p: float = fraction(0.0)
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "run"
+    seed: int = at_least(0, 0)
+    model: ModelConfig = nested(DecoderConfig)
+    data: DataConfig = nested(DataConfig)
+    train: TrainConfig = nested(TrainConfig)
+    optim: OptimConfig = nested(OptimConfig)
+    mesh: MeshConfig = nested(MeshConfig)
+    precision: PrecisionConfig = nested(PrecisionConfig)
+    checkpoint: CheckpointConfig = nested(CheckpointConfig)
+    eval: EvalConfig = nested(EvalConfig)
+    log: LogConfig = nested(LogConfig)
+    generate: GenerateConfig = nested(GenerateConfig)
