@@ -1,0 +1,25 @@
+"""In which dtypes parameters are kept and products are computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import PrecisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """`params`: dtype in which parameters are stored and updated; `compute`: dtype of activations and products."""
+
+    params: jnp.dtype = jnp.dtype("float32")
+    compute: jnp.dtype = jnp.dtype("float32")
+
+    @classmethod
+    def make(cls, cfg: PrecisionConfig) -> "Precision":
+        return cls(jnp.dtype(cfg.params), jnp.dtype(cfg.compute))
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 where it is that already: norms, softmax and losses are computed so."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

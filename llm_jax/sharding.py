@@ -1,0 +1,218 @@
+"""Where every array lives: the device mesh, the rules from logical axes to mesh axes, and `Layout`, which joins them.
+
+This is the only file that makes a mesh. Models name the axes of each parameter and activation ("embed", "mlp",
+"batch", ...); a rule table says over which mesh axes such an axis is split. A name without a rule is an error, so
+a misspelt axis can never leave a tensor replicated in silence.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm_jax.config import MeshConfig
+from llm_jax.errors import ConfigError, UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
+
+PARAMETER_RULES: Rules = (
+    ("embed", ("fsdp",)),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("layers", ()),
+    ("position", ()),
+    ("buckets", ()),
+    ("head_dim", ()),
+    ("norm", ()),
+)
+
+ACTIVATION_RULES: Rules = (
+    ("batch", BATCH_AXES),
+    ("length", ()),
+    ("embed", ()),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("head_dim", ()),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+)
+
+
+def change_rules(rules: Rules, changes: tuple[str, ...], key: str) -> Rules:
+    """`rules` with "axis=mesh_axis+mesh_axis" changes applied; "axis=" replicates. `key` is named in errors."""
+    table = dict(rules)
+    for change in changes:
+        axis, equals, value = change.partition("=")
+        mesh_axes = tuple(name for name in value.split("+") if name)
+        if not equals or axis not in table:
+            near = difflib.get_close_matches(axis, table, 1)
+            raise ConfigError(
+                f"{key}: {change!r} does not read as LOGICAL_AXIS=MESH_AXIS+MESH_AXIS with one of {', '.join(table)}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
+        for name in mesh_axes:
+            if name not in MESH_AXES:
+                raise ConfigError(f"{key}: {change!r} names the mesh axis {name!r}; there are {', '.join(MESH_AXES)}.")
+        table[axis] = mesh_axes
+    return tuple(table.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with its rules: a frozen, hashable value that models carry as a field.
+
+    `Layout()` has no mesh: everything is on the default device and `layout(x, ...)` is the identity.
+    """
+
+    mesh: Mesh | None = None
+    parameter_rules: Rules = PARAMETER_RULES
+    optimizer_rules: Rules = PARAMETER_RULES
+    activation_rules: Rules = ACTIVATION_RULES
+
+    def spec(self, axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+        """The partition of an array with these logical axes (None: not split). Raises on a name without a rule."""
+        table = dict(rules)
+        parts: list[tuple[str, ...]] = []
+        for axis in axes:
+            if axis is not None and axis not in table:
+                near = difflib.get_close_matches(axis, table, 1)
+                raise ValueError(
+                    f"No sharding rule for the logical axis {axis!r} of {axes}; the rules know {', '.join(table)}."
+                    + (f" Did you mean {near[0]!r}?" if near else "")
+                )
+            parts.append(table[axis] if axis is not None else ())
+        used = [name for part in parts for name in part]
+        if len(used) != len(set(used)):
+            raise ValueError(f"The axes {axes} would be split over {used}: a mesh axis can split only one of them.")
+        return PartitionSpec(*(part or None for part in parts))
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """`x`, constrained to be split as its logical axes say. Raises if their number is not the rank of x."""
+        if len(axes) != x.ndim:
+            raise ValueError(f"An array of shape {x.shape} was given {len(axes)} logical axes: {axes}.")
+        spec = self.spec(axes, self.activation_rules)
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def parameter_shardings(self, shapes: Any, axes: Any, *, optimizer: bool = False) -> Any:
+        """Shardings for a tree of parameters (or, with `optimizer`, of the optimizer's copies of them).
+
+        Args:
+          shapes: nested dict of ShapeDtypeStruct.
+          axes: the same tree, a tuple of logical names in place of each leaf.
+          optimizer: use the optimizer's rule table.
+
+        Returns:
+          The same tree of NamedSharding, or of None without a mesh.
+        """
+        rules = self.optimizer_rules if optimizer else self.parameter_rules
+
+        def sharding(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
+            spec = self.spec(names, rules)
+            if self.mesh is None:
+                return None
+            for size, name, part in zip(shape.shape, names, spec, strict=True):
+                pieces = int(np.prod([self.mesh.shape[axis] for axis in part or ()]))
+                if size % pieces:
+                    raise ConfigError(
+                        f"The parameter {path_name(path)} of shape {shape.shape} cannot be split: its axis {name!r} of "
+                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(part)}. Change "
+                        "that size, the mesh, or the rule of that axis (mesh.parameter_rules, mesh.optimizer_rules)."
+                    )
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def batch_sharding(self, ndim: int = 2) -> NamedSharding | None:
+        """How a batch feature of shape (batch, ...) is split."""
+        if self.mesh is None:
+            return None
+        spec = self.spec(("batch", "length")[:ndim] + (None,) * (ndim - 2), self.activation_rules)
+        return NamedSharding(self.mesh, spec)
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many pieces the batch is split."""
+        if self.mesh is None:
+            return 1
+        return int(np.prod([self.mesh.shape[axis] for axis in dict(self.activation_rules)["batch"]]))
+
+    @property
+    def num_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    def batch_rows(self, global_batch_size: int) -> np.ndarray:
+        """Numbers of the global batch's rows that this process must supply, ascending, int64."""
+        if self.mesh is None:
+            return np.arange(global_batch_size)
+        indices = self.batch_sharding(1).addressable_devices_indices_map((global_batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(global_batch_size)[index] for index in indices]))
+
+    def put_batch(self, local: Mapping[str, np.ndarray], global_batch_size: int) -> dict[str, jax.Array]:
+        """Global arrays from this process's rows.
+
+        Args:
+          local: features of shape (rows, ...), holding exactly the rows `batch_rows(global_batch_size)`, in order.
+          global_batch_size: rows of the global arrays.
+
+        Raises:
+          UserError: a feature has another number of rows. JAX itself would accept it and give wrong sums.
+        """
+        rows = self.batch_rows(global_batch_size)
+        for name, array in local.items():
+            if len(array) != len(rows):
+                raise UserError(
+                    f"The batch feature {name!r} has {len(array)} rows on process {jax.process_index()}, which must "
+                    f"supply {len(rows)} of the global batch's {global_batch_size}."
+                )
+        if self.mesh is None:
+            return {name: jax.numpy.asarray(array) for name, array in local.items()}
+
+        def put(array: np.ndarray) -> jax.Array:
+            shape = (global_batch_size, *array.shape[1:])
+
+            def piece(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(global_batch_size)
+                start = int(np.searchsorted(rows, first))
+                return array[(slice(start, start + last - first), *index[1:])]
+
+            return jax.make_array_from_callback(shape, self.batch_sharding(array.ndim), piece)
+
+        return {name: put(array) for name, array in local.items()}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path as users see it: "blocks/attention/query/kernel"."""
+    return "/".join(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+
+
+def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of `MESH_AXES` with -1 filled in. The pair is assumed checked (`config.check_devices`)."""
+    sizes = [getattr(cfg, axis) for axis in MESH_AXES]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    return tuple(num_devices // known if size == -1 else size for size in sizes)
+
+
+def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
+    """The mesh over `devices` (default: all of every process) and the rules that `cfg` asks for.
+
+    Axis types are Auto: under JAX's default, Explicit, products over partitioned parameters raise.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(cfg, len(devices))
+    parameter_rules = change_rules(PARAMETER_RULES, cfg.parameter_rules, "mesh.parameter_rules")
+    optimizer_rules = change_rules(parameter_rules, cfg.optimizer_rules, "mesh.optimizer_rules")
+    mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Layout(mesh, parameter_rules, optimizer_rules)
