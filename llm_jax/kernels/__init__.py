@@ -1,0 +1,1 @@
+"""Attention back ends behind one capability table, their masks, and the cross-entropy."""

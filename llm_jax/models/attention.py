@@ -1,0 +1,122 @@
+"""Multi-head attention: project, attend, project back, with an optional cache for decoding."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import DecoderConfig
+from llm_jax.kernels.attention import AttentionOptions, select
+from llm_jax.kernels.masks import AttentionMask
+from llm_jax.models.layers import Dropout, Linear, Norm, linear_init
+from llm_jax.models.positions import rotate
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout
+
+
+def head_dim(cfg: DecoderConfig) -> int:
+    return cfg.head_dim or cfg.embed_dim // cfg.num_heads
+
+
+def num_kv_heads(cfg: DecoderConfig) -> int:
+    return cfg.num_kv_heads or cfg.num_heads
+
+
+class Attention(nn.Module):
+    """MultiHead(x) = Concat(head_1, ..., head_N) W_O (arXiv 1706.03762, section 3.2.2), causal, over x (B, T, D)."""
+
+    cfg: DecoderConfig
+    layout: Layout
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        angles: tuple[jax.Array, jax.Array] | None,
+        bias: jax.Array | None,
+        *,
+        train: bool,
+        cache_length: int = 0,
+    ) -> jax.Array:
+        """(B, T, D) to (B, T, D).
+
+        Args:
+          mask: which keys each query sees; when decoding, keys are the slots of the cache.
+          angles: rotary cosine and sine, or None.
+          bias: (1 or B, N, T, S) added to the scores, or None.
+          train: apply dropout.
+          cache_length: slots of the cache; 0: attend within x.
+        """
+        cfg = self.cfg
+        heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
+
+        query = self._heads("query", x, heads, "heads")
+        key = self._heads("key", x, kv_heads, "kv_heads")
+        value = self._heads("value", x, kv_heads, "kv_heads")
+        if cfg.qk_norm:
+            query = Norm("rmsnorm", cfg.norm_eps, self.precision, name="query_norm")(query)
+            key = Norm("rmsnorm", cfg.norm_eps, self.precision, name="key_norm")(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if cache_length:
+            key, value = self._cached(key, value, mask.query_index, cache_length)
+
+        dropout = None
+        if train and cfg.dropout.attention:
+            drop = Dropout(cfg.dropout.attention, self.layout, name="probability_dropout")
+            dropout = lambda p: drop(p, "batch", "kv_heads", None, "length", None, train=train)  # noqa: E731
+        options = AttentionOptions(
+            segments=mask.query_segments is not None,
+            window=bool(mask.window),
+            bias=bias is not None,
+            dropout=dropout is not None,
+            softcap=cfg.attention_softcap,
+            cache=bool(cache_length),
+            dtype=query.dtype.name,
+            head_dim=size,
+        )
+        kernel = select("auto" if cache_length else cfg.attention_kernel, options, jax.default_backend())
+        out = kernel.attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=dropout)
+
+        out = self.layout(out, "batch", "length", "heads", "head_dim")
+        out = out.reshape(*x.shape[:-1], heads * size)
+        out = Linear(
+            cfg.embed_dim,
+            ("heads", "embed"),
+            linear_init(cfg, residual=True),
+            self.precision,
+            use_bias=cfg.bias == "all",
+            name="out",
+        )(out)
+        return out * cfg.attention_output_scale
+
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        """Project (B, T, D) to (B, T, heads, H)."""
+        size = head_dim(self.cfg)
+        project = Linear(
+            heads * size,
+            ("embed", axis),
+            linear_init(self.cfg),
+            self.precision,
+            use_bias=self.cfg.bias in ("all", "qkv"),
+            name=name,
+        )
+        return self.layout(project(x).reshape(*x.shape[:-1], heads, size), "batch", "length", axis, "head_dim")
+
+    def _cached(
+        self, key: jax.Array, value: jax.Array, slots: jax.Array, cache_length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Write keys and values (B, T, K, H) into their slots (B, T) and return all slots (B, S, K, H).
+
+        A token's slot is its place in the row; a slot beyond the cache (padding) is not written.
+        """
+        batch = key.shape[0]
+        rows = jnp.arange(batch)[:, None]
+        caches = []
+        for name, new in (("key", key), ("value", value)):
+            shape = (batch, cache_length, *new.shape[2:])
+            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            cache.value = cache.value.at[rows, slots].set(new, mode="drop")
+            caches.append(cache.value)
+        return caches[0], caches[1]

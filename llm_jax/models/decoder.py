@@ -1,0 +1,121 @@
+"""The decoder-only language model: embed, blocks, norm, head."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import DecoderConfig
+from llm_jax.kernels.masks import AttentionMask, causal_mask
+from llm_jax.models.attention import head_dim
+from llm_jax.models.layers import Dropout, Embedding, Linear, block_norm, linear_init
+from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
+from llm_jax.models.transformer import Stack
+from llm_jax.precision import Precision, at_least_float32
+from llm_jax.sharding import Layout
+
+
+def padded_vocab(cfg: DecoderConfig) -> int:
+    """Rows of the embedding table: the vocabulary, rounded up to `vocab_multiple`."""
+    return -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+
+
+class Decoder(nn.Module):
+    """Next-token logits of a decoder-only transformer."""
+
+    cfg: DecoderConfig
+    layout: Layout
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        train: bool = False,
+        cache_length: int = 0,
+    ) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+          tokens: (B, T) int32.
+          positions: (B, T) int32, place of each token in its document; None: its place in the row. With a cache they
+            are the slots written and read, and a place beyond the cache marks padding.
+          segment_ids: (B, T) int32, document of each token in a packed row, 0 for padding; None: one document a row.
+          train: apply dropout (needs the random stream "dropout").
+          cache_length: slots of the key-value cache, for prefill and decoding; 0: none.
+
+        Returns:
+          (B, T, V) float32 (or float64), V the padded vocabulary; padded ids have -inf unless the config keeps them.
+        """
+        cfg = self.cfg
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        if cache_length:
+            mask = AttentionMask(positions, jnp.arange(cache_length), window=cfg.sliding_window)
+        else:
+            mask = causal_mask(tokens.shape[1], segment_ids, cfg.sliding_window)
+
+        embedding = Embedding(
+            padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._table_init(), self.precision, name="embedding"
+        )
+        x = embedding(tokens)
+        if cfg.embedding_scale:
+            x = x * math.sqrt(cfg.embed_dim)
+        x = self._add_positions(x, positions)
+        x = self.layout(x, "batch", "length", "embed")
+        x = Dropout(cfg.dropout.embedding, self.layout)(x, "batch", "length", "embed", train=train)
+
+        rotary = cfg.positions == "rotary"
+        angles = rotary_angles(cfg.rope, head_dim(cfg), positions) if rotary else None
+        bias = self._relative_bias(mask) if cfg.positions == "relative" else None
+        x = Stack(cfg, self.layout, self.precision, name="stack")(
+            x, mask, angles, bias, train=train, cache_length=cache_length
+        )
+        if cfg.norm_placement == "pre":
+            x = block_norm(cfg, self.precision, "final_norm")(x)
+        return self._logits(x, embedding)
+
+    def _table_init(self) -> nn.initializers.Initializer:
+        # A tied table is the head as well, so under torch's habit it starts as that linear layer does.
+        if self.cfg.init == "torch" and self.cfg.tie_embeddings:
+            return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
+        return nn.initializers.normal(1.0 if self.cfg.init == "torch" else self.cfg.init_std)
+
+    def _add_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        if cfg.positions == "sinusoidal":
+            return x + sinusoid(positions, cfg.embed_dim).astype(x.dtype)
+        if cfg.positions == "learned":
+            init = nn.initializers.normal(1.0 if cfg.init == "torch" else cfg.init_std)
+            axes = ("position", "embed")
+            table = Embedding(cfg.max_length, cfg.embed_dim, axes, init, self.precision, name="positions")
+            return x + table(jnp.minimum(positions, cfg.max_length - 1))
+        return x
+
+    def _relative_bias(self, mask: AttentionMask) -> jax.Array:
+        """(1 or B, N, T, S): one learned number for each head and bucket of distance, shared by all layers."""
+        cfg = self.cfg
+        bucket = relative_bucket(mask.distance(), cfg.relative_buckets, cfg.relative_max_distance)
+        init = nn.initializers.normal(cfg.init_std)
+        axes = ("buckets", "heads")
+        table = Embedding(cfg.relative_buckets, cfg.num_heads, axes, init, self.precision, name="relative_bias")
+        return at_least_float32(jnp.moveaxis(table(bucket), -1, 1))
+
+    def _logits(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+        cfg = self.cfg
+        if cfg.tie_embeddings:
+            logits = embedding.attend(x)
+        else:
+            axes, init = ("embed", "vocab"), linear_init(cfg)
+            logits = Linear(padded_vocab(cfg), axes, init, self.precision, name="head")(x)
+        logits = at_least_float32(self.layout(logits, "batch", "length", "vocab"))
+        if cfg.logits_softcap:
+            logits = cfg.logits_softcap * jnp.tanh(logits / cfg.logits_softcap)
+        if padded_vocab(cfg) > cfg.vocab_size and not cfg.padded_vocab_in_softmax:
+            real = jnp.arange(padded_vocab(cfg)) < cfg.vocab_size
+            logits = jnp.where(real[None, None], logits, -jnp.inf)
+        return logits

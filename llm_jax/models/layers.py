@@ -1,0 +1,148 @@
+"""The leaf layers: Linear, Embedding, norms, dropout. Each parameter names its axes where it is declared."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llm_jax.config import DecoderConfig
+from llm_jax.precision import Precision, at_least_float32
+from llm_jax.sharding import Layout
+
+
+class Axes(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """A parameter with the logical names of its axes, as Linen carries it through scan.
+
+    Linen's own box applies sharding constraints from a global mesh; this one only keeps the names.
+    """
+
+    value: Any
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, value: Any) -> "Axes":
+        return self.replace(value=value)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Axes":
+        return self.replace(names=(*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:]))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Axes":
+        return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
+
+
+def named(init: nn.initializers.Initializer, *names: str) -> Any:
+    """`init`, with the logical names of the parameter's axes."""
+    return lambda *args: Axes(init(*args), names)
+
+
+def linear_init(cfg: DecoderConfig, *, residual: bool = False) -> nn.initializers.Initializer:
+    """N(0, init_std), or uniform within 1/sqrt(fan_in) (torch.nn.Linear); both less for the residual stream."""
+    scale = 1 / math.sqrt(2 * cfg.num_layers) if residual and cfg.residual_init_scale else 1.0
+    if cfg.init == "torch":
+        return nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
+    return nn.initializers.normal(cfg.init_std * scale)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last axis: (..., in) to (..., out).
+
+    All leading axes are flattened round the product: XLA:CPU has a fast path for plain matrix products alone, in the
+    backward pass too.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    init: nn.initializers.Initializer
+    precision: Precision
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", named(self.init, *self.axes), shape, self.precision.params)
+        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        if self.use_bias:
+            zeros = named(nn.initializers.zeros, self.axes[1])
+            bias = self.param("bias", zeros, (self.features,), self.precision.params)
+            y = y + bias.astype(x.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Norm(nn.Module):
+    """RMSNorm, x / rms(x) (arXiv 1910.07467), or LayerNorm, (x - mean) / std (arXiv 1607.06450), over the last axis.
+
+    Statistics are taken in at least float32; the result has the dtype of `x`.
+    """
+
+    kind: str
+    eps: float
+    precision: Precision
+    use_scale: bool = True
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = at_least_float32(x)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        if self.use_scale:
+            y = y * self._vector("scale", nn.initializers.ones, x.shape[-1], y.ndim)
+        if self.use_bias:
+            y = y + self._vector("bias", nn.initializers.zeros, x.shape[-1], y.ndim)
+        return y.astype(x.dtype)
+
+    def _vector(self, name: str, init: nn.initializers.Initializer, size: int, ndim: int) -> jax.Array:
+        vector = self.param(name, named(init, "norm"), (size,), self.precision.params)
+        return at_least_float32(vector).reshape((1,) * (ndim - 1) + (size,))
+
+
+def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:
+    """The norm of the residual stream."""
+    use_bias = cfg.bias == "all" and cfg.norm == "layernorm" and cfg.norm_scale
+    return Norm(cfg.norm, cfg.norm_eps, precision, cfg.norm_scale, use_bias, name=name)
+
+
+class Embedding(nn.Module):
+    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D), `attend` gives the tied head's logits."""
+
+    size: int
+    features: int
+    axes: tuple[str, str]
+    init: nn.initializers.Initializer
+    precision: Precision
+
+    def setup(self) -> None:
+        self.table = self.param("table", named(self.init, *self.axes), (self.size, self.features), self.precision.params)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.table, ids, axis=0).astype(self.precision.compute)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, size)."""
+        y = x.reshape(-1, x.shape[-1]) @ self.table.astype(x.dtype).T
+        return y.reshape(*x.shape[:-1], self.size)
+
+
+class Dropout(nn.Module):
+    """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate), in training alone.
+
+    The mask is a function of key and global shape, so it is the same on every mesh.
+    """
+
+    rate: float
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *axes: str | None, train: bool) -> jax.Array:
+        if not train or not self.rate:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        if axes:
+            keep = self.layout(keep, *axes)
+        return jnp.where(keep, x / (1 - self.rate), 0)

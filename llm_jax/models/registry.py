@@ -1,0 +1,62 @@
+"""From a model config to a model: `init`, `apply` and the shapes and axes of its parameters. No array is made here."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import ModelConfig
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.layers import Axes
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout
+
+FAMILIES: dict[str, type[nn.Module]] = {"decoder": Decoder}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A pure model. Parameters are a nested dict of arrays."""
+
+    cfg: ModelConfig
+    module: nn.Module
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters; jit this with `out_shardings` to make them straight in their shards."""
+        return nn.unbox(self._boxed(key))
+
+    def shapes(self) -> Any:
+        """Tree of ShapeDtypeStruct of the parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def axes(self) -> Any:
+        """The same tree, the logical names of each parameter's axes in place of its shape."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda node: isinstance(node, Axes))
+
+    def apply(self, params: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> jax.Array:
+        """The module's `__call__`; with a `dropout_key` in training mode."""
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return self.module.apply({"params": params}, *args, train=dropout_key is not None, rngs=rngs, **kwargs)
+
+    def apply_cached(
+        self, params: Any, cache: Any, tokens: jax.Array, positions: jax.Array, cache_length: int
+    ) -> tuple[jax.Array, Any]:
+        """Logits (B, T, V) and the cache with these tokens written; an empty dict starts a cache."""
+        logits, changed = self.module.apply(
+            {"params": params, "cache": cache}, tokens, positions, cache_length=cache_length, mutable=["cache"]
+        )
+        return logits, changed["cache"]
+
+    def _boxed(self, key: jax.Array) -> Any:
+        return self.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def build(cfg: ModelConfig, layout: Layout, precision: Precision) -> Model:
+    return Model(cfg, FAMILIES[cfg.family](cfg, layout, precision))
+
+
+def count_parameters(shapes: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,1 @@
+"""Features and logits to named loss terms."""

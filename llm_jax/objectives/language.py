@@ -1,0 +1,63 @@
+"""Next-token prediction as named loss terms, each (sum, weight, coefficient)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.kernels.cross_entropy import cross_entropy
+from llm_jax.models.registry import Model
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageObjective:
+    """Cross-entropy over the tokens with weight, and PaLM's z-loss (arXiv 2204.02311, section 5).
+
+    A term is a sum over tokens and the weight to divide it by. The weight depends on the batch alone and is totalled
+    over the whole global batch, devices and micro-batches together, before anything is divided: so that micro-batches
+    with unequal numbers of tokens give the gradient of the whole.
+    """
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+    def coefficients(self) -> dict[str, float]:
+        return {"loss": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Each term's weight over this batch, scalar float32."""
+        total = batch["loss_weights"].sum()
+        return {name: total for name in self.coefficients()}
+
+    def sums(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+        """Each term's sum over this batch, scalar."""
+        logits = model.apply(
+            params, batch["tokens"], batch["positions"], batch.get("segment_ids"), dropout_key=dropout_key
+        )
+        loss, log_z = cross_entropy(logits, batch["targets"], self.label_smoothing)
+        sums = {"loss": (loss * batch["loss_weights"]).sum()}
+        if self.z_loss:
+            sums["z_loss"] = (jnp.square(log_z) * batch["loss_weights"]).sum()
+        return sums
+
+    def evaluation(self, model: Model, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Sums for an honest evaluation: plain cross-entropy, no smoothing, no z-loss.
+
+        Returns:
+          Scalars: "nats", "tokens", "correct" (the likeliest token is the target) and, where the bytes that targets
+          stand for are known, "bytes".
+        """
+        logits = model.apply(params, batch["tokens"], batch["positions"], batch.get("segment_ids"))
+        loss, _ = cross_entropy(logits, batch["targets"])
+        weights = batch["loss_weights"]
+        sums = {
+            "nats": (loss * weights).sum(),
+            "tokens": weights.sum(),
+            "correct": ((logits.argmax(-1) == batch["targets"]) * weights).sum(),
+        }
+        if "target_bytes" in batch:
+            sums["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
+        return sums

@@ -1,0 +1,149 @@
+"""The only jit of training: one batch in, one update out, on any mesh.
+
+Weights of the loss terms are totalled over the whole global batch before anything is divided, micro-batches add up
+sums, and a step whose loss or gradient is not finite changes no bit of parameters, optimizer state or average.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax import rng
+from llm_jax.models.registry import Model
+from llm_jax.objectives.language import Batch, LanguageObjective
+from llm_jax.sharding import Layout
+from llm_jax.training import optim, state as train_state
+from llm_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def gradients(
+    model: Model,
+    objective: LanguageObjective,
+    params: Any,
+    batch: Batch,
+    *,
+    layout: Layout,
+    seed: int,
+    step: jax.Array,
+    accumulation: int = 1,
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+    """Gradient of the loss of the whole global batch.
+
+    Args:
+      batch: features of shape (B, ...), B a multiple of `accumulation`.
+      accumulation: micro-batches. Each device's rows are dealt out among them, so no row moves.
+
+    Returns:
+      The gradient (as params); each term's weighted mean, scalars; and the batch's weight, scalar.
+    """
+    weights = {name: jnp.maximum(weight, 1e-9) for name, weight in objective.weights(batch).items()}
+    coefficients = objective.coefficients()
+    dropout = getattr(model.cfg, "dropout", None)
+    uses_dropout = dropout is not None and any(vars(dropout).values())
+
+    def loss(params: Any, micro: Batch, number: jax.Array | int) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key = jax.random.fold_in(rng.stream(seed, "dropout", step), number) if uses_dropout else None
+        sums = objective.sums(model, params, micro, key)
+        terms = {name: value / weights[name] for name, value in sums.items()}
+        return sum(coefficients[name] * value for name, value in terms.items()), terms
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if accumulation == 1:
+        (_, terms), grads = value_and_grad(params, batch, 0)
+    else:
+        micros = jax.tree.map(lambda x: deal(x, accumulation, layout), batch)
+
+        def add(total: Any, micro_and_number: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            (_, terms), grads = value_and_grad(params, *micro_and_number)
+            return jax.tree.map(jnp.add, total, (grads, terms)), None
+
+        # Sums are kept in float32 at least, whatever the parameters are in.
+        wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+        zeros = jax.tree.map(wide, params), {name: jnp.zeros((), weights[name].dtype) for name in coefficients}
+        (grads, terms), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(accumulation)))
+    return grads, terms, objective.weights(batch)["loss"]
+
+
+def deal(x: jax.Array, accumulation: int, layout: Layout) -> jax.Array:
+    """(B, ...) to (accumulation, B / accumulation, ...), row b to micro-batch b mod accumulation."""
+    micros = jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0)
+    if layout.mesh is None:
+        return micros
+    spec = layout.batch_sharding(x.ndim).spec
+    sharding = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, *spec))
+    return jax.lax.with_sharding_constraint(micros, sharding)
+
+
+def make_train_step(
+    model: Model,
+    objective: LanguageObjective,
+    tx: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    layout: Layout,
+    abstract_state: TrainState,
+    *,
+    seed: int,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
+
+    Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
+    (weight of the batch), "bad_in_a_row" and "bad_total".
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, terms, weight = gradients(
+            model,
+            objective,
+            state.params,
+            batch,
+            layout=layout,
+            seed=seed,
+            step=state.step,
+            accumulation=accumulation,
+        )
+        grad_norm = optim.global_norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms["loss"])
+        good = finite & (weight > 0)  # a batch of padding alone is no update either
+
+        changes, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new.astype(old.dtype), ema, params)
+
+        old = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state, ema), old
+        )
+        new_state = TrainState(
+            step=state.step + 1,
+            updates=state.updates + good,
+            bad_in_a_row=jnp.where(finite, 0, state.bad_in_a_row + 1),
+            bad_total=state.bad_total + ~finite,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        metrics = terms | {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate(state.updates),
+            "tokens": weight,
+            "bad_in_a_row": new_state.bad_in_a_row,
+            "bad_total": new_state.bad_total,
+        }
+        return new_state, metrics
+
+    if layout.mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(train_state.shardings(abstract_state), layout.replicated),
+    )
