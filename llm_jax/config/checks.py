@@ -1,0 +1,371 @@
+"""Pairs of keys that do not go together, refused when the config is read: nothing here touches a device.
+
+`schema.py` gives each key its own range; here stands what depends on two or more of them.
+"""
+
+import math
+import re
+from typing import Any
+
+from llm_jax.config.resolve import to_dict
+from llm_jax.config.schema import Config, DataConfig, DecoderConfig, MeshConfig, OptimConfig, SourceConfig
+from llm_jax.config.values import did_you_mean, refuse
+from llm_jax.errors import ConfigError
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+TOKEN_FORMATS = ("nanogpt", "llmc", "megatron", "synthetic")  # their files hold token ids, not text
+MESH_AXES = ("data", "fsdp", "tensor")
+MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
+
+# A key that was changed but is read only when another has one of these values.
+ONLY_WITH = (
+    ("model.rope.factor", "model.rope.scaling", ("linear", "llama3", "yarn")),
+    ("model.rope.original_length", "model.rope.scaling", ("llama3", "yarn")),
+    ("model.rope.low_freq_factor", "model.rope.scaling", ("llama3",)),
+    ("model.rope.high_freq_factor", "model.rope.scaling", ("llama3",)),
+    ("model.rope.beta_fast", "model.rope.scaling", ("yarn",)),
+    ("model.rope.beta_slow", "model.rope.scaling", ("yarn",)),
+    ("model.relative_buckets", "model.positions", ("relative",)),
+    ("model.relative_max_distance", "model.positions", ("relative",)),
+    ("model.init_std", "model.init", ("normal",)),
+    ("optim.decay_steps", "optim.schedule", ("cosine", "linear", "wsd")),
+    ("optim.cooldown_ratio", "optim.schedule", ("wsd",)),
+    ("data.tokenizer_vocab_size", "data.tokenizer", ("bpe",)),
+    ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
+)
+
+
+def check(cfg: Config) -> None:
+    """Refuse what cannot be trained, whatever the machine. Raises ConfigError: key, value, reason, fix."""
+    check_run(cfg)
+    check_model(cfg.model)
+    check_data(cfg)
+    check_optim(cfg.optim, run_steps(cfg))
+    check_mesh(cfg.mesh)
+    if cfg.mesh.tensor > 1:
+        check_tensor_axis(cfg.model, cfg.mesh.tensor)
+    if cfg.model.attention_kernel == "cudnn" and cfg.precision.compute != "bfloat16":
+        reason = f"cuDNN attention computes in 16 bits, and precision.compute is {cfg.precision.compute}"
+        raise refuse("model.attention_kernel", "cudnn", reason, "set precision.compute=bfloat16 or attention_kernel=auto")
+    check_unread_keys(cfg)
+
+
+def check_run(cfg: Config) -> None:
+    if not cfg.name.strip() or cfg.name in (".", "..") or re.search(r"[/\\\x00-\x1f]", cfg.name):
+        raise refuse("name", cfg.name, "the run's folder is named after it", "give a plain name without slashes")
+    if cfg.seed > MAX_SEED:
+        raise refuse("seed", cfg.seed, "seeds have 32 bits", f"give one up to {MAX_SEED}")
+    check_duration(cfg)
+    train, saved = cfg.train, cfg.checkpoint
+    if train.global_batch_size % train.accumulation:
+        reason = f"it does not split into train.accumulation = {train.accumulation} equal micro-batches"
+        raise refuse("train.global_batch_size", train.global_batch_size, reason,
+                     f"give {nearest_multiples(train.global_batch_size, train.accumulation)}")  # fmt: skip
+    if saved.resume_from and saved.init_from:
+        reason = f"checkpoint.init_from = {saved.init_from!r} is set too, and a run starts from one of them"
+        raise refuse("checkpoint.resume_from", saved.resume_from, reason,
+                     "keep resume_from for the whole state or init_from for the parameters alone")  # fmt: skip
+    if cfg.eval.sampling == "random" and not cfg.eval.batches:
+        raise refuse("eval.batches", 0, "eval.sampling=random draws crops without end", "say how many batches to draw")
+    if cfg.log.profile_start and not cfg.log.profile_steps:
+        raise refuse("log.profile_start", cfg.log.profile_start, "log.profile_steps is 0, so nothing is traced",
+                     "set log.profile_steps too")  # fmt: skip
+    for name in cfg.log.trackers:
+        if name not in TRACKERS:
+            listed = f"it can be {', '.join(TRACKERS)}"
+            raise refuse("log.trackers", name, "there is no such tracker", did_you_mean(name, TRACKERS, listed))
+
+
+def check_duration(cfg: Config) -> None:
+    train = cfg.train
+    durations = {"steps": train.steps, "tokens": train.tokens, "epochs": train.epochs}
+    given = {name: value for name, value in durations.items() if value}
+    if not given:
+        reason = "a run has a length, and train.tokens and train.epochs are 0 too"
+        raise refuse("train.steps", 0, reason, "set exactly one of train.steps, train.tokens, train.epochs")
+    if len(given) > 1:
+        (first, value), (second, other) = list(given.items())[:2]
+        reason = f"train.{second} = {other} is set too, and a run has one length"
+        raise refuse(f"train.{first}", value, reason, f"set one of them to 0, for example train.{first}=0")
+    if train.tokens and train.tokens < tokens_a_step(cfg):
+        reason = f"one step already takes {tokens_a_step(cfg)} (train.global_batch_size * data.sequence_length)"
+        raise refuse("train.tokens", train.tokens, reason, "give more tokens or a smaller batch")
+
+
+def tokens_a_step(cfg: Config) -> int:
+    return cfg.train.global_batch_size * cfg.data.sequence_length
+
+
+def run_steps(cfg: Config) -> int | None:
+    """How many steps the run has (tokens are rounded down to whole steps); None where only the data can tell."""
+    return cfg.train.steps or cfg.train.tokens // tokens_a_step(cfg) or None
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+def check_model(model: DecoderConfig) -> None:
+    if not model.head_dim and model.embed_dim % model.num_heads:
+        reason = f"it does not split into model.num_heads = {model.num_heads} heads"
+        raise refuse("model.embed_dim", model.embed_dim, reason,
+                     f"give {nearest_multiples(model.embed_dim, model.num_heads)}, or set model.head_dim")  # fmt: skip
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        reason = f"each serves the same number of query heads, and model.num_heads = {model.num_heads}"
+        raise refuse("model.num_kv_heads", model.num_kv_heads, reason,
+                     f"give one of {', '.join(map(str, divisors(model.num_heads)))}")  # fmt: skip
+    check_positions(model)
+    if model.bias == "all" and model.norm == "layernorm" and not model.norm_scale:
+        raise refuse("model.norm_scale", False, "model.bias = 'all' asks for a bias in each LayerNorm",
+                     "set norm_scale=True, or bias=qkv or none")  # fmt: skip
+    if model.padded_vocab_in_softmax and model.vocab_multiple == 1:
+        raise refuse("model.padded_vocab_in_softmax", True, "model.vocab_multiple is 1, so nothing is padded",
+                     "set model.vocab_multiple, or leave this False")  # fmt: skip
+
+
+def check_positions(model: DecoderConfig) -> None:
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    if model.positions == "rotary":
+        rotated = head_dim * model.rope.fraction
+        if abs(rotated - round(rotated)) > 1e-6 or round(rotated) % 2:
+            reason = f"rotary positions turn pairs, and {rotated:g} of each head's {head_dim} numbers would turn"
+            key, value = ("head_dim", head_dim) if model.rope.fraction == 1 else ("rope.fraction", model.rope.fraction)
+            raise refuse(f"model.{key}", value, reason, "give a value that makes it an even whole number")
+        if model.rope.scaling != "none" and model.rope.factor == 1:
+            raise refuse("model.rope.scaling", model.rope.scaling, "model.rope.factor is 1, so nothing is scaled",
+                         "set model.rope.factor, or scaling=none")  # fmt: skip
+        if model.rope.high_freq_factor <= model.rope.low_freq_factor:
+            reason = f"it must be above model.rope.low_freq_factor = {model.rope.low_freq_factor:g}"
+            raise refuse("model.rope.high_freq_factor", model.rope.high_freq_factor, reason, "4 and 1 are usual")
+        if model.rope.beta_fast <= model.rope.beta_slow:
+            reason = f"it must be above model.rope.beta_slow = {model.rope.beta_slow:g}"
+            raise refuse("model.rope.beta_fast", model.rope.beta_fast, reason, "32 and 1 are usual")
+    if model.positions == "sinusoidal" and model.embed_dim % 2:
+        raise refuse("model.embed_dim", model.embed_dim, "sinusoidal positions are pairs of sine and cosine", "make it even")
+    if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
+        reason = f"the first {model.relative_buckets // 2} buckets already hold one distance each"
+        raise refuse("model.relative_max_distance", model.relative_max_distance, reason,
+                     f"give more than {model.relative_buckets // 2}, or fewer model.relative_buckets")  # fmt: skip
+
+
+def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
+    """Heads, key-value heads, MLP and vocabulary are split over the mesh's tensor axis in equal parts."""
+    mlp_dim = model.mlp_dim or 4 * model.embed_dim
+    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads),
+                      ("mlp_dim", mlp_dim)):  # fmt: skip
+        if size % tensor:
+            reason = f"it does not split over mesh.tensor = {tensor} devices"
+            raise refuse(f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor")
+    if model.vocab_size:
+        check_padded_vocab(model, model.vocab_size, tensor)
+
+
+def check_padded_vocab(model: DecoderConfig, vocab_size: int, tensor: int) -> None:
+    padded = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
+    if padded % tensor:
+        reason = f"it pads {vocab_size} tokens to {padded}, which does not split over mesh.tensor = {tensor} devices"
+        raise refuse("model.vocab_multiple", model.vocab_multiple, reason,
+                     f"set model.vocab_multiple={math.lcm(model.vocab_multiple, tensor)}")  # fmt: skip
+
+
+def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
+    """The model's vocabulary, once the tokenizer is known: the given size, or the tokenizer's where it is 0."""
+    vocab_size = cfg.model.vocab_size or tokenizer_vocab_size
+    if vocab_size < tokenizer_vocab_size:
+        reason = f"the tokenizer ({cfg.data.tokenizer}) has {tokenizer_vocab_size} tokens"
+        raise refuse("model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}")
+    if cfg.mesh.tensor > 1:
+        check_padded_vocab(cfg.model, vocab_size, cfg.mesh.tensor)
+    return vocab_size
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+
+def check_data(cfg: Config) -> None:
+    data, default = cfg.data, DataConfig()
+    if data.sequence_length > cfg.model.max_length:
+        reason = f"the model's longest context is model.max_length = {cfg.model.max_length}"
+        raise refuse("data.sequence_length", data.sequence_length, reason,
+                     f"set model.max_length={data.sequence_length} or a shorter sequence")  # fmt: skip
+    if data.packing == "crops" and data.mask_documents:
+        raise refuse("data.mask_documents", True, "data.packing = 'crops' cuts anywhere and knows no documents",
+                     "set data.mask_documents=False, or another packing")  # fmt: skip
+    if data.mixture:
+        for name in ("path", "format", "validation_path", "text_key", "separator"):
+            if getattr(data, name) != getattr(default, name):
+                reason = "data.mixture is set too, and replaces it"
+                raise refuse(f"data.{name}", getattr(data, name), reason, f"set data.mixture.NAME.{name} of each source")
+    elif data.mixture_temperature != default.mixture_temperature:
+        raise refuse("data.mixture_temperature", data.mixture_temperature, "there is no data.mixture whose weights it changes",
+                     "give a mixture, or leave this out")  # fmt: skip
+    for name, source in data.sources().items():
+        check_source(cfg, f"data.mixture.{name}" if data.mixture else "data", source)
+
+
+def check_source(cfg: Config, key: str, source: SourceConfig) -> None:
+    if not source.path:
+        raise refuse(f"{key}.path", "", "a source is a file, folder, glob or dataset", f"set {key}.path")
+    if cfg.data.tokenizer != "none":
+        return
+    if source.format not in ("auto", *TOKEN_FORMATS):
+        reason = f"data.tokenizer = 'none' reads token ids, and {source.format} files hold text"
+        raise refuse(f"{key}.format", source.format, reason,
+                     f"set data.tokenizer, or a format of {', '.join(TOKEN_FORMATS)}")  # fmt: skip
+    if not cfg.model.vocab_size:
+        raise refuse("model.vocab_size", 0, "data.tokenizer = 'none' cannot tell how many tokens there are",
+                     "set model.vocab_size to the largest id plus one, or more")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+def check_optim(optim: OptimConfig, steps: int | None) -> None:
+    if optim.warmup_steps and optim.warmup_ratio:
+        reason = f"optim.warmup_ratio = {optim.warmup_ratio:g} is set too, and there is one warm-up"
+        raise refuse("optim.warmup_steps", optim.warmup_steps, reason, "set one of them to 0")
+    if steps:
+        check_schedule(optim, steps)
+    if optim.schedule == "wsd" and optim.warmup_ratio + optim.cooldown_ratio > 1:
+        reason = f"with optim.warmup_ratio = {optim.warmup_ratio:g} it is more than the whole run"
+        raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make the two add up to at most 1")
+    for pattern in optim.freeze:
+        check_pattern("optim.freeze", pattern, pattern)
+    for item in optim.lr_multipliers:
+        pattern, equals, factor = item.rpartition("=")
+        if not equals or not is_factor(factor):
+            raise refuse("optim.lr_multipliers", item, "an item is PATTERN=FACTOR", "write it as '.*/embedding=0.1'")
+        check_pattern("optim.lr_multipliers", item, pattern)
+
+
+def check_schedule(optim: OptimConfig, steps: int) -> None:
+    warmup = optim.warmup_steps or round(optim.warmup_ratio * steps)
+    if optim.warmup_steps > steps:
+        raise refuse("optim.warmup_steps", optim.warmup_steps, f"the run has {steps} steps", f"give at most {steps}")
+    if optim.decay_steps > steps:
+        raise refuse("optim.decay_steps", optim.decay_steps, f"the run has {steps} steps", "give 0 for the last step")
+    if optim.decay_steps and optim.decay_steps <= warmup:
+        reason = f"the warm-up lasts until update {warmup}"
+        raise refuse("optim.decay_steps", optim.decay_steps, reason, "let the decay end after it, or give 0 for the last step")
+    cooldown = round(optim.cooldown_ratio * steps)
+    if optim.schedule == "wsd" and warmup + cooldown > (optim.decay_steps or steps):
+        reason = f"its {cooldown} steps and the warm-up's {warmup} do not fit into {optim.decay_steps or steps}"
+        raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make either shorter")
+
+
+def check_pattern(key: str, item: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        reason = f"the pattern is not a regular expression ({error})"
+        raise refuse(key, item, reason, "write it as '.*/embedding'") from None
+
+
+def is_factor(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and float(text) >= 0
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- mesh
+
+
+def check_mesh(mesh: MeshConfig) -> None:
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        if size == 0:
+            raise refuse(f"mesh.{axis}", 0, "an axis has at least one device", "give 1, or -1 for all remaining devices")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        reason = f"mesh.{rest[0]} is -1 too, and only one axis can take all remaining devices"
+        raise refuse(f"mesh.{rest[1]}", -1, reason, f"give mesh.{rest[0]} or mesh.{rest[1]} a size")
+    for key in ("parameter_rules", "optimizer_rules"):
+        for rule in getattr(mesh, key):
+            check_rule(f"mesh.{key}", rule)
+
+
+def check_rule(key: str, rule: str) -> None:
+    logical, equals, axes = rule.partition("=")
+    if not equals or not logical.strip():
+        raise refuse(key, rule, "a rule is logical_axis=mesh_axis", "write it as embed=fsdp, embed=fsdp+data, or embed= for none")
+    for axis in filter(None, (name.strip() for name in axes.split("+"))):
+        if axis not in MESH_AXES:
+            listed = f"the mesh's axes are {', '.join(MESH_AXES)}"
+            raise refuse(key, rule, f"the mesh has no axis {axis!r}", did_you_mean(axis, MESH_AXES, listed))
+
+
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each mesh axis on `num_devices` devices, -1 filled in. Raises ConfigError where they do not fit."""
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    shown = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size != -1)
+    if rest and num_devices % fixed == 0:
+        return sizes | {rest[0]: num_devices // fixed}
+    if not rest and fixed == num_devices:
+        return sizes
+    if rest:
+        reason = f"{shown} makes {fixed}, which does not divide the {num_devices} devices there are"
+    else:
+        reason = f"{shown} makes {fixed} devices, and there are {num_devices}"
+    sized = [axis for axis in reversed(MESH_AXES) if sizes[axis] > 1] or ["data"]
+    fitting = {axis: fitting_sizes(fixed // sizes[axis], num_devices, bool(rest)) for axis in sized}
+    axis = next((axis for axis in sized if fitting[axis]), sized[0])
+    fix = f"set mesh.{axis}={' or '.join(map(str, fitting[axis]))}" if fitting[axis] else "make the sizes' product fit"
+    raise refuse(f"mesh.{axis}", sizes[axis], reason, fix)
+
+
+def fitting_sizes(others: int, num_devices: int, rest: bool) -> list[int]:
+    """Sizes of one axis that fit beside `others` devices on the other axes, with an axis that takes the rest or not."""
+    sizes = divisors(num_devices)
+    return [size for size in sizes if num_devices % (size * others) == 0 and (rest or size * others == num_devices)]
+
+
+def check_devices(cfg: Config, num_devices: int) -> None:
+    """Refuse what does not fit on `num_devices` devices (all hosts' together)."""
+    sizes = mesh_sizes(cfg.mesh, num_devices)
+    if sizes["tensor"] > 1:
+        check_tensor_axis(cfg.model, sizes["tensor"])
+    train, shards = cfg.train, sizes["data"] * sizes["fsdp"]
+    parts = shards * train.accumulation
+    spelt = f"mesh.data {sizes['data']} * mesh.fsdp {sizes['fsdp']} * train.accumulation {train.accumulation}"
+    if train.global_batch_size % parts:
+        raise refuse("train.global_batch_size", train.global_batch_size, f"it does not split into {parts} equal parts ({spelt})",
+                     f"give {nearest_multiples(train.global_batch_size, parts)}")  # fmt: skip
+    if train.per_device_batch_size and train.per_device_batch_size * parts != train.global_batch_size:
+        reason = f"on {num_devices} devices it makes {train.per_device_batch_size * parts} sequences a step ({spelt}), but "
+        reason += f"train.global_batch_size = {train.global_batch_size}"
+        raise refuse("train.per_device_batch_size", train.per_device_batch_size, reason,
+                     f"set it to {train.global_batch_size // parts}, or leave it 0")  # fmt: skip
+    if cfg.eval.batch_size % shards:
+        raise refuse("eval.batch_size", cfg.eval.batch_size, f"it does not split over {shards} devices (mesh.data * mesh.fsdp)",
+                     f"give {nearest_multiples(cfg.eval.batch_size, shards)}, or 0 for the training batch")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ all keys
+
+
+def check_unread_keys(cfg: Config) -> None:
+    """Refuse a key that was changed though nothing reads it: its author expects something of it."""
+    values, defaults = to_dict(cfg), to_dict(type(cfg)(model=type(cfg.model)()))
+    for key, other, needed in ONLY_WITH:
+        value, condition = look_up(values, key), look_up(values, other)
+        if value != look_up(defaults, key) and condition not in needed:
+            raise refuse(key, value, f"it is read only with {other} = {' or '.join(needed)}, and that is {condition!r}",
+                         "change that, or leave this key out")  # fmt: skip
+
+
+def look_up(nested: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        nested = nested[name]
+    return nested
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_multiples(size: int, step: int) -> str:
+    """The multiples of `step` around `size`, as words: "24 or 32"."""
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)
