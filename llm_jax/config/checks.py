@@ -10,7 +10,6 @@ from typing import Any
 from llm_jax.config.resolve import to_dict
 from llm_jax.config.schema import Config, DataConfig, DecoderConfig, MeshConfig, OptimConfig, SourceConfig
 from llm_jax.config.values import did_you_mean, refuse
-from llm_jax.errors import ConfigError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 TOKEN_FORMATS = ("nanogpt", "llmc", "megatron", "synthetic")  # their files hold token ids, not text
@@ -46,7 +45,9 @@ def check(cfg: Config) -> None:
         check_tensor_axis(cfg.model, cfg.mesh.tensor)
     if cfg.model.attention_kernel == "cudnn" and cfg.precision.compute != "bfloat16":
         reason = f"cuDNN attention computes in 16 bits, and precision.compute is {cfg.precision.compute}"
-        raise refuse("model.attention_kernel", "cudnn", reason, "set precision.compute=bfloat16 or attention_kernel=auto")
+        raise refuse(
+            "model.attention_kernel", "cudnn", reason, "set precision.compute=bfloat16 or attention_kernel=auto"
+        )
     check_unread_keys(cfg)
 
 
@@ -59,17 +60,29 @@ def check_run(cfg: Config) -> None:
     train, saved = cfg.train, cfg.checkpoint
     if train.global_batch_size % train.accumulation:
         reason = f"it does not split into train.accumulation = {train.accumulation} equal micro-batches"
-        raise refuse("train.global_batch_size", train.global_batch_size, reason,
-                     f"give {nearest_multiples(train.global_batch_size, train.accumulation)}")  # fmt: skip
+        raise refuse(
+            "train.global_batch_size",
+            train.global_batch_size,
+            reason,
+            f"give {nearest_multiples(train.global_batch_size, train.accumulation)}",
+        )
     if saved.resume_from and saved.init_from:
         reason = f"checkpoint.init_from = {saved.init_from!r} is set too, and a run starts from one of them"
-        raise refuse("checkpoint.resume_from", saved.resume_from, reason,
-                     "keep resume_from for the whole state or init_from for the parameters alone")  # fmt: skip
+        raise refuse(
+            "checkpoint.resume_from",
+            saved.resume_from,
+            reason,
+            "keep resume_from for the whole state or init_from for the parameters alone",
+        )
     if cfg.eval.sampling == "random" and not cfg.eval.batches:
         raise refuse("eval.batches", 0, "eval.sampling=random draws crops without end", "say how many batches to draw")
     if cfg.log.profile_start and not cfg.log.profile_steps:
-        raise refuse("log.profile_start", cfg.log.profile_start, "log.profile_steps is 0, so nothing is traced",
-                     "set log.profile_steps too")  # fmt: skip
+        raise refuse(
+            "log.profile_start",
+            cfg.log.profile_start,
+            "log.profile_steps is 0, so nothing is traced",
+            "set log.profile_steps too",
+        )
     for name in cfg.log.trackers:
         if name not in TRACKERS:
             listed = f"it can be {', '.join(TRACKERS)}"
@@ -107,32 +120,52 @@ def run_steps(cfg: Config) -> int | None:
 def check_model(model: DecoderConfig) -> None:
     if not model.head_dim and model.embed_dim % model.num_heads:
         reason = f"it does not split into model.num_heads = {model.num_heads} heads"
-        raise refuse("model.embed_dim", model.embed_dim, reason,
-                     f"give {nearest_multiples(model.embed_dim, model.num_heads)}, or set model.head_dim")  # fmt: skip
+        raise refuse(
+            "model.embed_dim",
+            model.embed_dim,
+            reason,
+            f"give {nearest_multiples(model.embed_dim, model.num_heads)}, or set model.head_dim",
+        )
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         reason = f"each serves the same number of query heads, and model.num_heads = {model.num_heads}"
-        raise refuse("model.num_kv_heads", model.num_kv_heads, reason,
-                     f"give one of {', '.join(map(str, divisors(model.num_heads)))}")  # fmt: skip
+        raise refuse(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            reason,
+            f"give one of {', '.join(map(str, divisors(model.num_heads)))}",
+        )
     check_positions(model)
     if model.bias == "all" and model.norm == "layernorm" and not model.norm_scale:
-        raise refuse("model.norm_scale", False, "model.bias = 'all' asks for a bias in each LayerNorm",
-                     "set norm_scale=True, or bias=qkv or none")  # fmt: skip
+        raise refuse(
+            "model.norm_scale",
+            False,
+            "model.bias = 'all' asks for a bias in each LayerNorm",
+            "set norm_scale=True, or bias=qkv or none",
+        )
     if model.padded_vocab_in_softmax and model.vocab_multiple == 1:
-        raise refuse("model.padded_vocab_in_softmax", True, "model.vocab_multiple is 1, so nothing is padded",
-                     "set model.vocab_multiple, or leave this False")  # fmt: skip
+        raise refuse(
+            "model.padded_vocab_in_softmax",
+            True,
+            "model.vocab_multiple is 1, so nothing is padded",
+            "set model.vocab_multiple, or leave this False",
+        )
 
 
 def check_positions(model: DecoderConfig) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rotary":
         rotated = head_dim * model.rope.fraction
-        if abs(rotated - round(rotated)) > 1e-6 or round(rotated) % 2:
+        if rotated != int(rotated) or int(rotated) % 2:
             reason = f"rotary positions turn pairs, and {rotated:g} of each head's {head_dim} numbers would turn"
             key, value = ("head_dim", head_dim) if model.rope.fraction == 1 else ("rope.fraction", model.rope.fraction)
             raise refuse(f"model.{key}", value, reason, "give a value that makes it an even whole number")
         if model.rope.scaling != "none" and model.rope.factor == 1:
-            raise refuse("model.rope.scaling", model.rope.scaling, "model.rope.factor is 1, so nothing is scaled",
-                         "set model.rope.factor, or scaling=none")  # fmt: skip
+            raise refuse(
+                "model.rope.scaling",
+                model.rope.scaling,
+                "model.rope.factor is 1, so nothing is scaled",
+                "set model.rope.factor, or scaling=none",
+            )
         if model.rope.high_freq_factor <= model.rope.low_freq_factor:
             reason = f"it must be above model.rope.low_freq_factor = {model.rope.low_freq_factor:g}"
             raise refuse("model.rope.high_freq_factor", model.rope.high_freq_factor, reason, "4 and 1 are usual")
@@ -140,11 +173,17 @@ def check_positions(model: DecoderConfig) -> None:
             reason = f"it must be above model.rope.beta_slow = {model.rope.beta_slow:g}"
             raise refuse("model.rope.beta_fast", model.rope.beta_fast, reason, "32 and 1 are usual")
     if model.positions == "sinusoidal" and model.embed_dim % 2:
-        raise refuse("model.embed_dim", model.embed_dim, "sinusoidal positions are pairs of sine and cosine", "make it even")
+        raise refuse(
+            "model.embed_dim", model.embed_dim, "sinusoidal positions are pairs of sine and cosine", "make it even"
+        )
     if model.positions == "relative" and model.relative_max_distance <= model.relative_buckets // 2:
         reason = f"the first {model.relative_buckets // 2} buckets already hold one distance each"
-        raise refuse("model.relative_max_distance", model.relative_max_distance, reason,
-                     f"give more than {model.relative_buckets // 2}, or fewer model.relative_buckets")  # fmt: skip
+        raise refuse(
+            "model.relative_max_distance",
+            model.relative_max_distance,
+            reason,
+            f"give more than {model.relative_buckets // 2}, or fewer model.relative_buckets",
+        )
 
 
 def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
@@ -154,7 +193,9 @@ def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
                       ("mlp_dim", mlp_dim)):  # fmt: skip
         if size % tensor:
             reason = f"it does not split over mesh.tensor = {tensor} devices"
-            raise refuse(f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor")
+            raise refuse(
+                f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor"
+            )
     if model.vocab_size:
         check_padded_vocab(model, model.vocab_size, tensor)
 
@@ -163,8 +204,12 @@ def check_padded_vocab(model: DecoderConfig, vocab_size: int, tensor: int) -> No
     padded = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
     if padded % tensor:
         reason = f"it pads {vocab_size} tokens to {padded}, which does not split over mesh.tensor = {tensor} devices"
-        raise refuse("model.vocab_multiple", model.vocab_multiple, reason,
-                     f"set model.vocab_multiple={math.lcm(model.vocab_multiple, tensor)}")  # fmt: skip
+        raise refuse(
+            "model.vocab_multiple",
+            model.vocab_multiple,
+            reason,
+            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, tensor)}",
+        )
 
 
 def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
@@ -172,7 +217,9 @@ def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
     vocab_size = cfg.model.vocab_size or tokenizer_vocab_size
     if vocab_size < tokenizer_vocab_size:
         reason = f"the tokenizer ({cfg.data.tokenizer}) has {tokenizer_vocab_size} tokens"
-        raise refuse("model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}")
+        raise refuse(
+            "model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}"
+        )
     if cfg.mesh.tensor > 1:
         check_padded_vocab(cfg.model, vocab_size, cfg.mesh.tensor)
     return vocab_size
@@ -185,19 +232,33 @@ def check_data(cfg: Config) -> None:
     data, default = cfg.data, DataConfig()
     if data.sequence_length > cfg.model.max_length:
         reason = f"the model's longest context is model.max_length = {cfg.model.max_length}"
-        raise refuse("data.sequence_length", data.sequence_length, reason,
-                     f"set model.max_length={data.sequence_length} or a shorter sequence")  # fmt: skip
+        raise refuse(
+            "data.sequence_length",
+            data.sequence_length,
+            reason,
+            f"set model.max_length={data.sequence_length} or a shorter sequence",
+        )
     if data.packing == "crops" and data.mask_documents:
-        raise refuse("data.mask_documents", True, "data.packing = 'crops' cuts anywhere and knows no documents",
-                     "set data.mask_documents=False, or another packing")  # fmt: skip
+        raise refuse(
+            "data.mask_documents",
+            True,
+            "data.packing = 'crops' cuts anywhere and knows no documents",
+            "set data.mask_documents=False, or another packing",
+        )
     if data.mixture:
         for name in ("path", "format", "validation_path", "text_key", "separator"):
             if getattr(data, name) != getattr(default, name):
                 reason = "data.mixture is set too, and replaces it"
-                raise refuse(f"data.{name}", getattr(data, name), reason, f"set data.mixture.NAME.{name} of each source")
+                raise refuse(
+                    f"data.{name}", getattr(data, name), reason, f"set data.mixture.NAME.{name} of each source"
+                )
     elif data.mixture_temperature != default.mixture_temperature:
-        raise refuse("data.mixture_temperature", data.mixture_temperature, "there is no data.mixture whose weights it changes",
-                     "give a mixture, or leave this out")  # fmt: skip
+        raise refuse(
+            "data.mixture_temperature",
+            data.mixture_temperature,
+            "there is no data.mixture whose weights it changes",
+            "give a mixture, or leave this out",
+        )
     for name, source in data.sources().items():
         check_source(cfg, f"data.mixture.{name}" if data.mixture else "data", source)
 
@@ -209,11 +270,16 @@ def check_source(cfg: Config, key: str, source: SourceConfig) -> None:
         return
     if source.format not in ("auto", *TOKEN_FORMATS):
         reason = f"data.tokenizer = 'none' reads token ids, and {source.format} files hold text"
-        raise refuse(f"{key}.format", source.format, reason,
-                     f"set data.tokenizer, or a format of {', '.join(TOKEN_FORMATS)}")  # fmt: skip
+        raise refuse(
+            f"{key}.format", source.format, reason, f"set data.tokenizer, or a format of {', '.join(TOKEN_FORMATS)}"
+        )
     if not cfg.model.vocab_size:
-        raise refuse("model.vocab_size", 0, "data.tokenizer = 'none' cannot tell how many tokens there are",
-                     "set model.vocab_size to the largest id plus one, or more")  # fmt: skip
+        raise refuse(
+            "model.vocab_size",
+            0,
+            "data.tokenizer = 'none' cannot tell how many tokens there are",
+            "set model.vocab_size to the largest id plus one, or more",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -228,43 +294,27 @@ def check_optim(optim: OptimConfig, steps: int | None) -> None:
     if optim.schedule == "wsd" and optim.warmup_ratio + optim.cooldown_ratio > 1:
         reason = f"with optim.warmup_ratio = {optim.warmup_ratio:g} it is more than the whole run"
         raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make the two add up to at most 1")
-    for pattern in optim.freeze:
-        check_pattern("optim.freeze", pattern, pattern)
-    for item in optim.lr_multipliers:
-        pattern, equals, factor = item.rpartition("=")
-        if not equals or not is_factor(factor):
-            raise refuse("optim.lr_multipliers", item, "an item is PATTERN=FACTOR", "write it as '.*/embedding=0.1'")
-        check_pattern("optim.lr_multipliers", item, pattern)
 
 
 def check_schedule(optim: OptimConfig, steps: int) -> None:
     warmup = optim.warmup_steps or round(optim.warmup_ratio * steps)
-    if optim.warmup_steps > steps:
-        raise refuse("optim.warmup_steps", optim.warmup_steps, f"the run has {steps} steps", f"give at most {steps}")
+    if warmup >= steps:
+        key, value = (
+            ("warmup_steps", optim.warmup_steps) if optim.warmup_steps else ("warmup_ratio", optim.warmup_ratio)
+        )
+        reason = f"the run has {steps} steps, so the learning rate would never reach its peak"
+        raise refuse(f"optim.{key}", value, reason, "shorten the warm-up or lengthen the run")
     if optim.decay_steps > steps:
         raise refuse("optim.decay_steps", optim.decay_steps, f"the run has {steps} steps", "give 0 for the last step")
     if optim.decay_steps and optim.decay_steps <= warmup:
         reason = f"the warm-up lasts until update {warmup}"
-        raise refuse("optim.decay_steps", optim.decay_steps, reason, "let the decay end after it, or give 0 for the last step")
-    cooldown = round(optim.cooldown_ratio * steps)
-    if optim.schedule == "wsd" and warmup + cooldown > (optim.decay_steps or steps):
-        reason = f"its {cooldown} steps and the warm-up's {warmup} do not fit into {optim.decay_steps or steps}"
+        raise refuse(
+            "optim.decay_steps", optim.decay_steps, reason, "let the decay end after it, or give 0 for the last step"
+        )
+    cooldown, end = round(optim.cooldown_ratio * steps), optim.decay_steps or steps
+    if optim.schedule == "wsd" and warmup + cooldown > end:
+        reason = f"its {cooldown} steps and the warm-up's {warmup} do not fit into {end}"
         raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make either shorter")
-
-
-def check_pattern(key: str, item: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        reason = f"the pattern is not a regular expression ({error})"
-        raise refuse(key, item, reason, "write it as '.*/embedding'") from None
-
-
-def is_factor(text: str) -> bool:
-    try:
-        return math.isfinite(float(text)) and float(text) >= 0
-    except ValueError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------------- mesh
@@ -274,24 +324,13 @@ def check_mesh(mesh: MeshConfig) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
         if size == 0:
-            raise refuse(f"mesh.{axis}", 0, "an axis has at least one device", "give 1, or -1 for all remaining devices")
+            raise refuse(
+                f"mesh.{axis}", 0, "an axis has at least one device", "give 1, or -1 for all remaining devices"
+            )
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) > 1:
         reason = f"mesh.{rest[0]} is -1 too, and only one axis can take all remaining devices"
         raise refuse(f"mesh.{rest[1]}", -1, reason, f"give mesh.{rest[0]} or mesh.{rest[1]} a size")
-    for key in ("parameter_rules", "optimizer_rules"):
-        for rule in getattr(mesh, key):
-            check_rule(f"mesh.{key}", rule)
-
-
-def check_rule(key: str, rule: str) -> None:
-    logical, equals, axes = rule.partition("=")
-    if not equals or not logical.strip():
-        raise refuse(key, rule, "a rule is logical_axis=mesh_axis", "write it as embed=fsdp, embed=fsdp+data, or embed= for none")
-    for axis in filter(None, (name.strip() for name in axes.split("+"))):
-        if axis not in MESH_AXES:
-            listed = f"the mesh's axes are {', '.join(MESH_AXES)}"
-            raise refuse(key, rule, f"the mesh has no axis {axis!r}", did_you_mean(axis, MESH_AXES, listed))
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -330,16 +369,30 @@ def check_devices(cfg: Config, num_devices: int) -> None:
     parts = shards * train.accumulation
     spelt = f"mesh.data {sizes['data']} * mesh.fsdp {sizes['fsdp']} * train.accumulation {train.accumulation}"
     if train.global_batch_size % parts:
-        raise refuse("train.global_batch_size", train.global_batch_size, f"it does not split into {parts} equal parts ({spelt})",
-                     f"give {nearest_multiples(train.global_batch_size, parts)}")  # fmt: skip
+        raise refuse(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"it does not split into {parts} equal parts ({spelt})",
+            f"give {nearest_multiples(train.global_batch_size, parts)}",
+        )
     if train.per_device_batch_size and train.per_device_batch_size * parts != train.global_batch_size:
-        reason = f"on {num_devices} devices it makes {train.per_device_batch_size * parts} sequences a step ({spelt}), but "
+        reason = (
+            f"on {num_devices} devices it makes {train.per_device_batch_size * parts} sequences a step ({spelt}), but "
+        )
         reason += f"train.global_batch_size = {train.global_batch_size}"
-        raise refuse("train.per_device_batch_size", train.per_device_batch_size, reason,
-                     f"set it to {train.global_batch_size // parts}, or leave it 0")  # fmt: skip
+        raise refuse(
+            "train.per_device_batch_size",
+            train.per_device_batch_size,
+            reason,
+            f"set it to {train.global_batch_size // parts}, or leave it 0",
+        )
     if cfg.eval.batch_size % shards:
-        raise refuse("eval.batch_size", cfg.eval.batch_size, f"it does not split over {shards} devices (mesh.data * mesh.fsdp)",
-                     f"give {nearest_multiples(cfg.eval.batch_size, shards)}, or 0 for the training batch")  # fmt: skip
+        raise refuse(
+            "eval.batch_size",
+            cfg.eval.batch_size,
+            f"it does not split over {shards} devices (mesh.data * mesh.fsdp)",
+            f"give {nearest_multiples(cfg.eval.batch_size, shards)}, or 0 for the training batch",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ all keys
@@ -351,8 +404,12 @@ def check_unread_keys(cfg: Config) -> None:
     for key, other, needed in ONLY_WITH:
         value, condition = look_up(values, key), look_up(values, other)
         if value != look_up(defaults, key) and condition not in needed:
-            raise refuse(key, value, f"it is read only with {other} = {' or '.join(needed)}, and that is {condition!r}",
-                         "change that, or leave this key out")  # fmt: skip
+            raise refuse(
+                key,
+                value,
+                f"it is read only with {other} = {' or '.join(needed)}, and that is {condition!r}",
+                "change that, or leave this key out",
+            )
 
 
 def look_up(nested: dict[str, Any], key: str) -> Any:

@@ -61,7 +61,9 @@ def _build(base: Any, raw: Any, prefix: str) -> Any:
     """`base` (a config dataclass) with the keys of `raw` laid over it; `prefix` is "" or ends with a dot."""
     fields = {field.name: field for field in dataclasses.fields(base)}
     if not isinstance(raw, Mapping):
-        raise refuse(prefix[:-1], raw, "this is a group of keys, not one value", f"set {prefix}{next(iter(fields))} and so on")
+        raise refuse(
+            prefix[:-1], raw, "this is a group of keys, not one value", f"set {prefix}{next(iter(fields))} and so on"
+        )
     kinds = typing.get_type_hints(type(base))
     changes = {}
     for name, value in raw.items():
@@ -90,7 +92,9 @@ def _family(base: Any, value: Any, key: str) -> Any:
     family = value.get("family", base.family) if isinstance(value, Mapping) else base.family
     if family not in MODEL_FAMILIES:
         listed = f"it can be {', '.join(MODEL_FAMILIES)}"
-        raise refuse(f"{key}.family", family, "there is no such model family", did_you_mean(str(family), MODEL_FAMILIES, listed))
+        raise refuse(
+            f"{key}.family", family, "there is no such model family", did_you_mean(str(family), MODEL_FAMILIES, listed)
+        )
     return base if family == base.family else MODEL_FAMILIES[family]()
 
 
@@ -195,9 +199,8 @@ def shipped_folder() -> Path:
 def config_names() -> list[str]:
     """The names of the shipped configs, such as "quickstart" or "gpt2/124m"."""
     folder = shipped_folder()
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.py"))
-             if "def get_config" in path.read_text(encoding="utf-8")]  # fmt: skip
-    return names
+    files = [path for path in sorted(folder.rglob("*.py")) if "def get_config" in path.read_text(encoding="utf-8")]
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
 
 
 def find_config(spec: str) -> str:
@@ -220,7 +223,7 @@ def find_config(spec: str) -> str:
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """"x.py:arg" as ("x.py", "arg"); a colon in a folder's name stays."""
+    """The name and the argument of "x.py:arg"; a colon in a folder's name stays."""
     match = re.fullmatch(r"(.*?\.py)(?::(.*))?", spec) or re.fullmatch(r"([^:]*)(?::(.*))?", spec)
     return (match[1], match[2] or "") if match else (spec, "")
 

@@ -48,7 +48,9 @@ def to_field_type(value: Any, kind: type, field: dataclasses.Field, key: str) ->
     if choices and converted not in choices:
         listed = f"it can be {', '.join(choices)}"
         close = nearest(converted, choices, 1)
-        raise refuse(key, converted, "this is not one of its choices", f"did you mean {close[0]}? {listed}" if close else listed)
+        raise refuse(
+            key, converted, "this is not one of its choices", f"did you mean {close[0]}? {listed}" if close else listed
+        )
     return converted
 
 
