@@ -7,6 +7,7 @@ a misspelt axis can never leave a tensor replicated in silence.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ ACTIVATION_RULES: Rules = (
     ("head_dim", ()),
     ("mlp", ("tensor",)),
     ("vocab", ("tensor",)),
+    ("position", ()),
+    ("buckets", ()),
 )
 
 
@@ -119,12 +122,12 @@ class Layout:
             spec = self.spec(names, rules)
             if self.mesh is None:
                 return None
-            for size, name, part in zip(shape.shape, names, spec, strict=True):
-                pieces = int(np.prod([self.mesh.shape[axis] for axis in part or ()]))
+            for size, name in zip(shape.shape, names, strict=True):
+                pieces = self._pieces(name, rules)
                 if size % pieces:
                     raise ConfigError(
                         f"The parameter {path_name(path)} of shape {shape.shape} cannot be split: its axis {name!r} of "
-                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(part)}. Change "
+                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(dict(rules)[name])}. Change "
                         "that size, the mesh, or the rule of that axis (mesh.parameter_rules, mesh.optimizer_rules)."
                     )
             return NamedSharding(self.mesh, spec)
@@ -145,13 +148,14 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Into how many pieces the batch is split."""
-        if self.mesh is None:
-            return 1
-        return int(np.prod([self.mesh.shape[axis] for axis in dict(self.activation_rules)["batch"]]))
+        return 1 if self.mesh is None else self._pieces("batch", self.activation_rules)
 
     @property
     def num_devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
+
+    def _pieces(self, axis: str, rules: Rules) -> int:
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in dict(rules)[axis])
 
     def batch_rows(self, global_batch_size: int) -> np.ndarray:
         """Numbers of the global batch's rows that this process must supply, ascending, int64."""
@@ -201,7 +205,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Sizes of `MESH_AXES` with -1 filled in. The pair is assumed checked (`config.check_devices`)."""
     sizes = [getattr(cfg, axis) for axis in MESH_AXES]
-    known = int(np.prod([size for size in sizes if size != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     return tuple(num_devices // known if size == -1 else size for size in sizes)
 
 

@@ -59,9 +59,7 @@ class Decoder(nn.Module):
         else:
             mask = causal_mask(tokens.shape[1], segment_ids, cfg.sliding_window)
 
-        embedding = Embedding(
-            padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._table_init(), self.precision, name="embedding"
-        )
+        embedding = self._table("embedding", padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._token_init())
         x = embedding(tokens)
         if cfg.embedding_scale:
             x = x * math.sqrt(cfg.embed_dim)
@@ -79,10 +77,18 @@ class Decoder(nn.Module):
             x = block_norm(cfg, self.precision, "final_norm")(x)
         return self._logits(x, embedding)
 
-    def _table_init(self) -> nn.initializers.Initializer:
+    def _table(
+        self, name: str, size: int, features: int, axes: tuple[str, str], initializer: nn.initializers.Initializer
+    ) -> Embedding:
+        return Embedding(size, features, axes, initializer, self.layout, self.precision, name=name)
+
+    def _token_init(self) -> nn.initializers.Initializer:
         # A tied table is the head as well, so under torch's habit it starts as that linear layer does.
         if self.cfg.init == "torch" and self.cfg.tie_embeddings:
             return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
+        return self._position_init()
+
+    def _position_init(self) -> nn.initializers.Initializer:
         return nn.initializers.normal(1.0 if self.cfg.init == "torch" else self.cfg.init_std)
 
     def _add_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -90,9 +96,8 @@ class Decoder(nn.Module):
         if cfg.positions == "sinusoidal":
             return x + sinusoid(positions, cfg.embed_dim).astype(x.dtype)
         if cfg.positions == "learned":
-            init = nn.initializers.normal(1.0 if cfg.init == "torch" else cfg.init_std)
             axes = ("position", "embed")
-            table = Embedding(cfg.max_length, cfg.embed_dim, axes, init, self.precision, name="positions")
+            table = self._table("positions", cfg.max_length, cfg.embed_dim, axes, self._position_init())
             return x + table(jnp.minimum(positions, cfg.max_length - 1))
         return x
 
@@ -101,8 +106,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         bucket = relative_bucket(mask.distance(), cfg.relative_buckets, cfg.relative_max_distance)
         init = nn.initializers.normal(cfg.init_std)
-        axes = ("buckets", "heads")
-        table = Embedding(cfg.relative_buckets, cfg.num_heads, axes, init, self.precision, name="relative_bias")
+        table = self._table("relative_bias", cfg.relative_buckets, cfg.num_heads, ("buckets", "heads"), init)
         return at_least_float32(jnp.moveaxis(table(bucket), -1, 1))
 
     def _logits(self, x: jax.Array, embedding: Embedding) -> jax.Array:

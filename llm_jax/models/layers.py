@@ -57,14 +57,14 @@ class Linear(nn.Module):
 
     features: int
     axes: tuple[str, str]
-    init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
     precision: Precision
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", named(self.init, *self.axes), shape, self.precision.params)
+        kernel = self.param("kernel", named(self.initializer, *self.axes), shape, self.precision.params)
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         if self.use_bias:
             zeros = named(nn.initializers.zeros, self.axes[1])
@@ -109,24 +109,33 @@ def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:
 
 
 class Embedding(nn.Module):
-    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D), `attend` gives the tied head's logits."""
+    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D), `attend` gives the tied head's logits.
+
+    The table is gathered over the mesh axes that shard its vectors before it is used: else the looked-up vectors would
+    be split over the axes that also split the batch, and XLA would replicate them.
+    """
 
     size: int
     features: int
     axes: tuple[str, str]
-    init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
+    layout: Layout
     precision: Precision
 
     def setup(self) -> None:
-        self.table = self.param("table", named(self.init, *self.axes), (self.size, self.features), self.precision.params)
+        shape = (self.size, self.features)
+        self.table = self.param("table", named(self.initializer, *self.axes), shape, self.precision.params)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.table, ids, axis=0).astype(self.precision.compute)
+        return jnp.take(self._gathered(), ids, axis=0)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(B, T, D) to (B, T, size)."""
-        y = x.reshape(-1, x.shape[-1]) @ self.table.astype(x.dtype).T
+        y = x.reshape(-1, x.shape[-1]) @ self._gathered().T
         return y.reshape(*x.shape[:-1], self.size)
+
+    def _gathered(self) -> jax.Array:
+        return self.layout(self.table.astype(self.precision.compute), *self.axes)
 
 
 class Dropout(nn.Module):
