@@ -1,0 +1,52 @@
+"""Floating-point operations of a step, counted from the parameters: one count for every model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from llm_jax.config import DecoderConfig
+from llm_jax.models.attention import head_dim
+
+FORMULA = "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Model FLOPs of training on one token (forward plus twice that backward), attention counted causally.
+
+    Attributes:
+      matrices: 6 a parameter that takes part in a product (linear layers and head; a tied table counts as the head).
+      attention: 12 a layer, query entry and visible key: scores and weighted sum.
+    """
+
+    matrices: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.attention
+
+
+def training_flops(cfg: DecoderConfig, shapes: Any, axes: Any, length: int) -> Flops:
+    """FLOPs a token of rows of `length` tokens.
+
+    Args:
+      shapes: the parameters, as ShapeDtypeStructs or arrays.
+      axes: their logical axes.
+      length: T; a token sees (T + 1) / 2 keys on average, less under a sliding window. Borders of packed documents
+        are not subtracted.
+    """
+    leaves = jax.tree.leaves(shapes)
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads")}  # looked up, not multiplied
+    matrices = sum(
+        leaf.size
+        for leaf, axis in zip(leaves, names, strict=True)
+        if axis not in tables and sum(name != "layers" for name in axis) >= 2
+    )
+    if cfg.tie_embeddings:
+        matrices += sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
+    window = min(cfg.sliding_window or length, length)
+    visible = (window * (window + 1) / 2 + (length - window) * window) / length
+    return Flops(6.0 * matrices, 12.0 * cfg.num_layers * cfg.num_heads * head_dim(cfg) * visible)
