@@ -1,0 +1,318 @@
+"""The `llm-jax` command: reads the command line and the config, then hands over to the module that does the work.
+
+Nothing heavy is imported until a command needs it: `llm-jax --help` and the refusal of a flag or a key answer at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from llm_jax import __version__, errors
+from llm_jax.config import Config, check, config_names, from_dict, load, to_dict
+from llm_jax.config.checks import check_data
+from llm_jax.config.values import did_you_mean
+from llm_jax.errors import UserError
+
+OUTCOMES = tuple(item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception))
+
+OVERRIDES_HELP = """\
+Any key of the config can be changed with --config.KEY=VALUE, for example
+  llm-jax train --config=quickstart --config.optim.learning_rate=3e-4 --config.train.steps=1e3
+--print_config shows them all. Configs that come with the package: """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            names = re.findall(r"[\w-]+", choice[2])
+            close = did_you_mean(choice[1], names, f"the commands are {', '.join(names)}")
+            raise UserError(f"{self.prog} has no command {choice[1]}; {close}")
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 unexpected, 2 user's mistake, others in errors.py."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        code = run([argument for argument in argv if argument != "--debug"])
+        sys.stdout.flush()  # here, where a closed pipe is still handled
+        return code
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished checkpoints are kept, the same command goes on from the last", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(*describe_error(error, debug), sep="\n", file=sys.stderr)
+        return error.exit_code if isinstance(error, OUTCOMES) else 1
+
+
+def describe_error(error: Exception, debug: bool) -> list[str]:
+    if isinstance(error, UserError):
+        return [f"error: {error}"]
+    if isinstance(error, OUTCOMES):
+        return [str(error)]
+    line = f"error: {type(error).__name__}: {' '.join(str(error).split())}"
+    return [line] if debug else [line, "run again with --debug for the traceback"]
+
+
+def run(argv: list[str]) -> int:
+    parser = make_parser()
+    argv, overrides = take_overrides(argv)
+    if not argv:
+        parser.print_help()
+        return 2
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise unknown_argument(args.parser, unknown[0])
+    args.overrides = overrides
+    if overrides and not args.takes_overrides:
+        raise UserError(f"--config.{overrides[0]}: {args.parser.prog} changes no config; see {args.parser.prog} --help")
+    return args.command(args)
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --config.KEY=VALUE and --config.KEY VALUE, and those as ["KEY=VALUE", ...], in order."""
+    rest, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix("--config.")
+        if "=" not in override:
+            value = next(arguments, "--")
+            if value.startswith("--"):
+                raise UserError(f"{argument} has no value; write {argument}=VALUE")
+            override = f"{override}={value}"
+        overrides.append(override)
+    return rest, overrides
+
+
+def unknown_argument(parser: argparse.ArgumentParser, argument: str) -> UserError:
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    name = argument.partition("=")[0]
+    close = did_you_mean(name, flags, f"see {parser.prog} --help")
+    return UserError(f"{argument}: {parser.prog} has no such argument; {close}")
+
+
+# ----------------------------------------------------------------------------------------------- the parsers
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="llm-jax", description="Train, evaluate and sample large language models in JAX.",
+                    allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"llm-jax {__version__}")
+    commands = Commands(parser)
+    train = commands.add("train", train_command, "train a model, or go on with a run that was stopped", config=True)
+    train.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME of the config)")
+    train.add_argument("--dry_run", action="store_true",
+                       help="print what would run (config, parameters, mesh, memory, FLOPs) and stop")  # fmt: skip
+
+    text = "measure a run's checkpoint on its validation data"
+    evaluate = commands.add("evaluate", evaluate_command, text, overrides=True)
+    evaluate.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
+    evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_generate(commands)
+
+    data = Commands(commands.add("data", None, "prepare or look at training data"))
+    data.add("prepare", prepare_command, "tokenize a config's data into the cache, as train would", config=True)
+    inspect = data.add("inspect", inspect_command, "show rows of a config's batches, as trained on", config=True)
+    inspect.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows (default: 2)")
+    commands.add("doctor", doctor_command, "say whether this machine is ready, and what is missing")
+    return parser
+
+
+def add_generate(commands: "Commands") -> None:
+    generate = commands.add("generate", generate_command, "sample text from a run's checkpoint")
+    generate.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    generate.add_argument("--prompt_file", metavar="FILE", help="a file with one more prompt; - is the input")
+    for flag, kind in (("max_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float), ("min_p", float)):
+        generate.add_argument(f"--{flag}", type=kind, metavar="N", help=f"as generate.{flag} of the config")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    generate.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts a prompt (default: 1)")
+
+
+class Commands:
+    """The sub-commands of a parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.choices = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(self, name: str, command: Any, text: str, *, config: bool = False, overrides: bool = False) -> Parser:
+        """A sub-command; `config`: it reads --config, `overrides`: it takes --config.KEY=VALUE alone."""
+        formatter = argparse.RawDescriptionHelpFormatter
+        parser = self.choices.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                         formatter_class=formatter, allow_abbrev=False)  # fmt: skip
+        parser.set_defaults(parser=parser, command=command, takes_overrides=config or overrides)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if config:
+            parser.epilog = OVERRIDES_HELP + ", ".join(config_names())
+            parser.add_argument("--config", metavar="SPEC", help="a config file, or the name of a shipped config")
+            parser.add_argument("--print_config", action="store_true", help="print every key as JSON and stop")
+        return parser
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+
+
+def train_command(args: argparse.Namespace) -> int:
+    cfg = read_config(args)
+    if args.print_config:
+        return print_json(to_dict(cfg))
+    check(cfg)
+    workdir = absolute_folder(args.workdir or os.path.join("runs", cfg.name))
+    if not args.dry_run:
+        make_writable(workdir)
+        print(f"run folder: {workdir}", flush=True)
+    start(cfg)
+    from llm_jax.training import train
+
+    if args.dry_run:
+        print(train.describe(cfg))
+    else:
+        train.train(cfg, workdir)
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    workdir = existing_run(args.workdir)
+    start()
+    from llm_jax.training.evaluate import evaluate
+
+    results = evaluate(workdir, step=args.step, overrides=args.overrides)
+    if args.json:
+        return print_json(results)
+    width = max(map(len, results), default=0)
+    for name, value in results.items():
+        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+    return 0
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    from_dict({"generate": given})  # refuses what is out of range before a model is loaded
+    if args.num_samples < 1:
+        raise UserError(f"--num_samples={args.num_samples}: give at least 1")
+    workdir = existing_run(args.workdir)
+    prompts = args.prompt + ([read_text(args.prompt_file)] if args.prompt_file else []) or [""]
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    start()
+    from llm_jax.generation import generate
+
+    generate.main(workdir, prompts, given, args.seed, stream=len(prompts) == 1)
+    return 0
+
+
+def prepare_command(args: argparse.Namespace) -> int:
+    cfg = read_config(args)
+    if args.print_config:
+        return print_json(to_dict(cfg))
+    check_data(cfg)
+    from llm_jax.data import store
+
+    store.prepare(cfg.data)
+    return 0
+
+
+def inspect_command(args: argparse.Namespace) -> int:
+    cfg = read_config(args)
+    if args.print_config:
+        return print_json(to_dict(cfg))
+    check_data(cfg)
+    start(cfg)
+    from llm_jax.data import inspect
+
+    print(inspect.inspect_rows(cfg, args.rows))
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    from llm_jax import doctor
+
+    return doctor.examine()
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    if not args.config:
+        names = ", ".join(config_names())
+        raise UserError(f"{args.parser.prog} needs --config=FILE or the name of a shipped config ({names})")
+    return load(args.config, args.overrides)
+
+
+def start(cfg: Config | None = None) -> None:
+    from llm_jax.backend import start_backend
+
+    start_backend(cfg)
+
+
+def print_json(value: Any) -> int:
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def read_text(file: str) -> str:
+    try:
+        if file == "-":
+            return sys.stdin.read()
+        with open(file, encoding="utf-8") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file={file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def is_remote(folder: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", folder) is not None
+
+
+def absolute_folder(folder: str) -> str:
+    """The folder from the root on, so that a later change of folder changes nothing; gs:// and its like stay."""
+    return folder if is_remote(folder) else os.path.abspath(os.path.expanduser(folder))
+
+
+def make_writable(workdir: str) -> None:
+    """Make the run's folder, or refuse one that nothing can be written to, before anything is computed."""
+    if is_remote(workdir):
+        return
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        reason = "there is a file of this name" if os.path.isfile(workdir) else error.strerror
+        raise UserError(f"--workdir={workdir}: no run can be written there ({reason}); give another folder") from None
+
+
+def existing_run(folder: str) -> str:
+    workdir = absolute_folder(folder)
+    if not is_remote(workdir) and not os.path.isdir(workdir):
+        parent = os.path.dirname(workdir)
+        names = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
+        close = did_you_mean(os.path.basename(workdir), names, "train makes one: llm-jax train --help")
+        raise UserError(f"--workdir={folder}: there is no run folder {workdir}; {close}")
+    return workdir
+
+
+if __name__ == "__main__":
+    sys.exit(main())
