@@ -114,7 +114,7 @@ class Attention(nn.Module):
         batch = key.shape[0]
         rows = jnp.arange(batch)[:, None]
         caches = []
-        for name, new in (("key", key), ("value", value)):
+        for name, new in (("cached_key", key), ("cached_value", value)):
             shape = (batch, cache_length, *new.shape[2:])
             cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
             cache.value = cache.value.at[rows, slots].set(new, mode="drop")
