@@ -77,7 +77,7 @@ install_packages() {
   if command -v uv >/dev/null; then
     uv pip install --quiet --python "$venv/bin/python" "${options[@]}" || install_failed
   else
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "${options[@]}" || install_failed
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "${options[@]}" || install_failed
   fi
   wanted >"$stamp"
   say "ready after $((SECONDS - began)) s"
