@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.precision import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,8 @@ def reference_attention(
     batch, length, heads, size = query.shape
     groups = heads // key.shape[2]
     query = query.reshape(batch, length, key.shape[2], groups, size)
-    scores = at_least_float32(jnp.einsum("btkgh,bskh->bkgts", query * size**-0.5, key))
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", query * size**-0.5, key, preferred_element_type=wide)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:

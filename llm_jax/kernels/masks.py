@@ -39,7 +39,7 @@ class AttentionMask:
         if self.causal:
             seen &= distance >= 0
         if self.window:
-            seen &= distance < self.window
+            seen &= (distance >= 0) & (distance < self.window)
         if self.query_segments is not None:
             query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
             seen = seen & (query == key) & (query != 0)
