@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
 from llm_jax.errors import ConfigError, UserError
@@ -76,7 +76,7 @@ class Layout:
     `Layout()` has no mesh: everything is on the default device and `layout(x, ...)` is the identity.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     parameter_rules: Rules = PARAMETER_RULES
     optimizer_rules: Rules = PARAMETER_RULES
     activation_rules: Rules = ACTIVATION_RULES
@@ -216,7 +216,22 @@ def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Lay
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(cfg, len(devices))
+    mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return dataclasses.replace(abstract_layout(cfg, len(devices)), mesh=mesh)
+
+
+def abstract_layout(cfg: MeshConfig, num_devices: int) -> Layout:
+    """The layout for a machine that need not be there: shapes and shardings, no arrays."""
     parameter_rules = change_rules(PARAMETER_RULES, cfg.parameter_rules, "mesh.parameter_rules")
     optimizer_rules = change_rules(parameter_rules, cfg.optimizer_rules, "mesh.optimizer_rules")
-    mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = AbstractMesh(mesh_shape(cfg, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return Layout(mesh, parameter_rules, optimizer_rules)
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Bytes that each device holds of a tree of arrays or sharded ShapeDtypeStructs."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))

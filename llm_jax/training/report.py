@@ -1,0 +1,113 @@
+"""What the loop tells: the numbers of a step, read one step late, and the words at a run's start and end."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llm_jax import metrics
+from llm_jax.errors import BadStepsError
+from llm_jax.models.flops import Flops
+
+
+class StepReport:
+    """Turns the device's metrics of each step into a record every `every` steps.
+
+    `add` is given the metrics of the step just dispatched and reads those of the step before: by then they are ready,
+    so the device never waits for the host.
+    """
+
+    def __init__(self, out: metrics.Metrics, data: Any, flops: Flops, *, every: int, max_bad_steps: int):
+        self.out, self.data, self.flops = out, data, flops
+        self.every, self.max_bad_steps = every, max_bad_steps
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._restart_clock()
+
+    def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Take the metrics of `step`, on the device; report those of the step before."""
+        self.flush()
+        self._pending = (step, values)
+
+    def flush(self) -> None:
+        """Report the step that is still pending.
+
+        Raises:
+          BadStepsError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, on_device = self._pending
+        self._pending = None
+        values = {name: value.item() for name, value in jax.device_get(dict(on_device)).items()}
+        self._tokens += values["tokens"]
+        self._steps += 1
+        if values["bad_in_a_row"]:
+            self.out.say(f"step {step}: loss or gradient is not finite; the step was skipped, nothing was changed")
+        if step % self.every == 0 or values["bad_in_a_row"] >= self.max_bad_steps:
+            self.out.write(step, values | self._rates(values))
+            self._restart_clock()
+        if values["bad_in_a_row"] >= self.max_bad_steps:
+            raise BadStepsError(
+                f"{values['bad_in_a_row']} steps in a row, up to step {step}, had a loss or gradient that is not "
+                "finite. None of them changed the model. Look at the data of these steps, lower optim.learning_rate, "
+                "or raise train.max_bad_steps if they are expected."
+            )
+
+    def pause(self) -> None:
+        """Evaluations and saves do not count as time of a step: start the clock anew."""
+        self.flush()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._start, self._tokens, self._steps = time.monotonic(), 0.0, 0
+        self._waited = self.data.data_wait_seconds
+
+    def _rates(self, values: dict[str, float]) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        devices = jax.device_count()
+        tokens_per_second = self._tokens / seconds
+        rates = {
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / devices,
+            "seconds_per_step": seconds / max(self._steps, 1),
+            "data_wait_share": min((self.data.data_wait_seconds - self._waited) / seconds, 1.0),
+            "padding_share": self.data.padding_share,
+        }
+        if values.get("bytes"):
+            rates["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / values["bytes"]
+        peak = metrics.peak_flops(jax.devices()[0].device_kind, metrics.devices_a_chip(jax.local_devices()))
+        if peak is not None:
+            rates["mfu"] = self.flops.total * tokens_per_second / devices / peak
+        return rates | metrics.memory_stats()
+
+
+def parameter_table(count: int, tokens: int, flops: Flops) -> str:
+    return (
+        f"{count:,} parameters; {tokens:,} tokens a step; {flops.total * tokens:.3g} FLOPs a step "
+        f"({flops.attention / flops.total:.0%} of them attention)"
+    )
+
+
+def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str) -> str:
+    """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next."""
+    parts = []
+    if curve := metrics.plot(history):
+        parts.append(curve)
+    last = next((record for record in reversed(history) if "eval/loss" in record), None)
+    if last is not None:
+        line = f"held-out loss {last['eval/loss']:.4f} nats a token"
+        if "eval/bits_per_byte" in last:
+            line += f" = {last['eval/bits_per_byte']:.3f} bits per byte"
+            line += "".join(f"; {name} {bits:.3f}" for name, bits in yardsticks.items())
+        parts.append(line)
+    if sample:
+        parts.append(f"sampled text:\n{sample}")
+    parts.append(
+        f"The run is in {workdir}\n"
+        f"  resume    the same train command, with more steps: --config.train.steps=N\n"
+        f"  generate  llm-jax generate --workdir={workdir} --prompt=TEXT\n"
+        f"  evaluate  llm-jax evaluate --workdir={workdir}"
+    )
+    return "\n\n".join(parts)

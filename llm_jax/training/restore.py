@@ -1,0 +1,91 @@
+"""A trained model from its run folder, and the commands that use one: evaluate and generate."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from llm_jax import config, sharding
+from llm_jax.config import Config
+from llm_jax.data import loader, store, tokenizers
+from llm_jax.generation.generate import Generator
+from llm_jax.models import registry
+from llm_jax.objectives.language import LanguageObjective
+from llm_jax.precision import Precision
+from llm_jax.training import checkpoint, run_folder
+from llm_jax.training.evaluate import Evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model with its parameters (the running average where the run keeps one), from step `step` of a run."""
+
+    cfg: Config
+    model: registry.Model
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    step: int
+
+
+def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> TrainedModel:
+    """The model of a run, needing nothing but its folder.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None: the latest.
+      overrides: "key=value" changes to its config, such as another mesh for another machine.
+
+    Raises:
+      UserError: the folder is no run, is damaged, or has no such checkpoint.
+    """
+    cfg = config.override(config.from_dict(run_folder.read(workdir).config), overrides)
+    layout = sharding.make_layout(cfg.mesh)
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    shapes = model.shapes()
+    shardings = layout.parameter_shardings(shapes, model.axes())
+    abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    name = "ema" if cfg.train.ema_decay else "params"
+    params, step = checkpoint.restore_params(workdir, step, abstract, name)
+    return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
+
+
+def default_prompt(cfg: Config) -> str:
+    """What an empty prompt stands for."""
+    return "\n"
+
+
+def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """`llm-jax evaluate`: the whole validation split, or what `eval.*` overrides say."""
+    run = restore(workdir, step, overrides)
+    cfg, layout = run.cfg, run.model.module.layout
+    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
+    stores = store.prepare(cfg.data)
+    batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
+    return {"step": run.step} | Evaluator(run.model, LanguageObjective(), batches)(run.params)
+
+
+def generate(
+    workdir: str, prompts: Sequence[str], given: Mapping[str, Any], seed: int, *, stream: bool
+) -> list[str]:
+    """`llm-jax generate`: continue prompts with the run's latest checkpoint, printing as it goes.
+
+    Args:
+      workdir: the run's folder.
+      prompts: texts to continue.
+      given: fields of `GenerateConfig` that differ from the run's own.
+      seed: of the sampling.
+      stream: print each piece as soon as it is certain (one prompt), else each text when all are done.
+    """
+    run = restore(workdir)
+    cfg = dataclasses.replace(run.cfg.generate, **given)
+    generator = Generator(run.model, run.params, run.tokenizer, default_prompt(run.cfg))
+    if stream:
+        print(prompts[0], end="", flush=True)
+        texts = generator(prompts, cfg, seed, lambda row, piece: print(piece, end="", flush=True))
+        print()
+        return texts
+    texts = generator(prompts, cfg, seed)
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        print(f"--- {number + 1} of {len(prompts)}\n{prompt}{text}", flush=True)
+    return texts

@@ -1,0 +1,238 @@
+"""A run, told in order: config, mesh, data, model, state, step, loop."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+
+from llm_jax import distributed, metrics, sharding
+from llm_jax.config import Config, check_devices, check_vocab, to_dict
+from llm_jax.data import loader, store
+from llm_jax.errors import ConfigError, Preempted
+from llm_jax.generation.generate import Generator
+from llm_jax.models import flops, registry
+from llm_jax.objectives.language import LanguageObjective
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout
+from llm_jax.training import checkpoint, optim, report, run_folder
+from llm_jax.training import state as train_state
+from llm_jax.training.evaluate import Evaluator
+from llm_jax.training.restore import default_prompt
+from llm_jax.training.step import make_train_step
+
+
+def train(cfg: Config, workdir: str) -> None:
+    """Train as `cfg` says, in `workdir`; go on where an earlier session of the same run stopped.
+
+    Args:
+      cfg: checked (`config.check`).
+      workdir: absolute path or URL of the run's folder, on every process the same.
+
+    Raises:
+      UserError: what was asked for cannot be done; nothing was changed.
+      Preempted: the machine was asked to stop; the state is saved.
+      BadStepsError: too many non-finite steps in a row.
+    """
+    distributed.initialize()
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(distributed.Preemption())
+        check_devices(cfg, jax.device_count())
+        layout = sharding.make_layout(cfg.mesh)
+
+        stores = prepare_data(cfg)
+        tokenizer = stores[0].tokenizer
+        cfg = with_vocabulary(cfg, tokenizer.vocab_size)
+        batch_size, seed = cfg.train.global_batch_size, cfg.seed
+        data = stack.enter_context(
+            contextlib.closing(loader.make_train(stores, cfg.data, batch_size, seed, layout))
+        )
+        steps = total_steps(cfg, data.epoch_rows)
+
+        model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+        shapes, axes = model.shapes(), model.axes()
+        objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing)
+        tx = optim.make(cfg.optim, steps, shapes, axes)
+        abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+        evaluator = make_evaluator(cfg, stores, model, objective, layout)
+
+        distributed.assert_same_everywhere("the config", json.dumps(to_dict(cfg), sort_keys=True))
+        checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))
+        run_folder.check_same_config(workdir, to_dict(cfg))
+        start = checkpoint.start(
+            cfg.checkpoint, checkpoints, abstract_state, lambda: train_state.init(model, tx, abstract_state, seed)
+        )
+        state = start.state
+        if start.data_state is not None:
+            data.restore(start.data_state)
+        run_folder.write(workdir, to_dict(cfg), tokenizer, shapes, axes)
+
+        out = stack.enter_context(
+            metrics.Metrics(
+                workdir,
+                cfg.log.trackers,
+                name=cfg.name,
+                config=to_dict(cfg),
+                total_steps=steps,
+                restored_step=start.step,
+                main=distributed.is_main(),
+            )
+        )
+        cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
+        tokens = batch_size * cfg.data.sequence_length
+        out.say(start.how)
+        out.say(report.parameter_table(registry.count_parameters(shapes), tokens, cost))
+
+        step_report = report.StepReport(
+            out, data, cost, every=cfg.log.every, max_bad_steps=cfg.train.max_bad_steps
+        )
+        train_step = make_train_step(
+            model,
+            objective,
+            tx,
+            optim.learning_rate(cfg.optim, steps),
+            layout,
+            abstract_state,
+            seed=seed,
+            accumulation=cfg.train.accumulation,
+            ema_decay=cfg.train.ema_decay,
+        )
+        compiled, evaluation = None, {}
+        for i in range(start.step, steps):
+            batch = next(data)  # drawn after the save of the step before, so that a save never holds a drawn batch
+            if compiled is None:
+                compiled = compile_step(train_step, state, batch, out)
+                step_report.pause()
+            profile(cfg, i, workdir)
+            state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
+            step_report.add(i + 1, values)
+
+            last, stopping = i + 1 == steps, preemption.preempted(i + 1)
+            if last or (cfg.eval.every and (i + 1) % cfg.eval.every == 0):
+                step_report.pause()
+                evaluation = evaluate(evaluator, state, i + 1, out)
+                step_report.pause()
+            if last or stopping or (cfg.checkpoint.every and (i + 1) % cfg.checkpoint.every == 0):
+                step_report.pause()
+                checkpoints.save(i + 1, state, data.state(), evaluation)
+                evaluation = {}
+                step_report.pause()
+            if stopping and not last:
+                checkpoints.wait()
+                raise Preempted(f"Asked to stop: step {i + 1} of {steps} is saved in {workdir}; run it again to go on.")
+        checkpoints.wait()
+        finish(cfg, workdir, out, stores, Generator(model, evaluated(state), tokenizer, default_prompt(cfg)))
+
+
+def prepare_data(cfg: Config) -> list[store.Store]:
+    """The token stores, tokenized by the main process where they are missing."""
+    if distributed.is_main():
+        store.prepare(cfg.data)
+    distributed.barrier("data prepared")
+    return store.prepare(cfg.data)
+
+
+def with_vocabulary(cfg: Config, size: int) -> Config:
+    """`cfg` with the model's vocabulary taken from the tokenizer where the config leaves it open."""
+    check_vocab(cfg, size)
+    if cfg.model.vocab_size:
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+def total_steps(cfg: Config, epoch_rows: int) -> int:
+    """The run's length in steps, given in steps, tokens or epochs; a step begun is a whole one."""
+    if cfg.train.steps:
+        return cfg.train.steps
+    rows = cfg.train.tokens / cfg.data.sequence_length or cfg.train.epochs * epoch_rows
+    return max(math.ceil(rows / cfg.train.global_batch_size), 1)
+
+
+def make_evaluator(
+    cfg: Config, stores: list[store.Store], model: registry.Model, objective: LanguageObjective, layout: Layout
+) -> Evaluator | None:
+    """The fixed evaluation, or None where the data has no validation split."""
+    if not cfg.data.validation_fraction and not any(s.validation_path for s in cfg.data.sources().values()):
+        return None
+    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
+    if batch_size % layout.batch_shards:
+        raise ConfigError(
+            f"eval.batch_size={batch_size} does not divide over the {layout.batch_shards} parts of the mesh that "
+            f"share the batch; use a multiple of {layout.batch_shards}."
+        )
+    batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
+    return Evaluator(model, objective, batches)
+
+
+def evaluated(state: train_state.TrainState) -> Any:
+    """The parameters that evaluation and generation use: the running average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def evaluate(
+    evaluator: Evaluator | None, state: train_state.TrainState, step: int, out: metrics.Metrics
+) -> dict[str, float]:
+    if evaluator is None:
+        return {}
+    results = evaluator(evaluated(state))
+    out.write(step, results)
+    return results
+
+
+def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out: metrics.Metrics) -> Any:
+    began = time.monotonic()
+    compiled = train_step.lower(state, batch).compile()
+    out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
+    return compiled
+
+
+def profile(cfg: Config, i: int, workdir: str) -> None:
+    """Record a profiler trace of the steps that the config names, for TensorBoard or XProf."""
+    if cfg.log.profile_steps and i == cfg.log.profile_start:
+        jax.profiler.start_trace(f"{workdir}/profile")
+    if cfg.log.profile_steps and i == cfg.log.profile_start + cfg.log.profile_steps:
+        jax.profiler.stop_trace()
+
+
+def finish(cfg: Config, workdir: str, out: metrics.Metrics, stores: list[store.Store], generator: Generator) -> None:
+    """The end of a run: loss curve, sampled text, where it all is."""
+    sample = ""
+    if cfg.generate.max_tokens and cfg.data.tokenizer != "none":
+        prompt = cfg.generate.prompt or generator.default_prompt
+        sample = prompt + generator([prompt], cfg.generate, cfg.seed)[0]
+    history = out.history()
+    out.close()
+    if distributed.is_main():
+        yardsticks = stores[0].manifest.get("yardsticks", {}) if len(stores) == 1 else {}
+        print(report.closing_block(workdir, history, yardsticks, sample), flush=True)
+
+
+def describe(cfg: Config) -> str:
+    """What `train` would run, without touching data beyond its tokenizer or making any array."""
+    num_devices = math.prod(size for size in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if size != -1)
+    if -1 in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor):
+        num_devices = jax.device_count()
+    check_devices(cfg, num_devices)
+    layout = sharding.abstract_layout(cfg.mesh, num_devices)
+    cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    shapes, axes = model.shapes(), model.axes()
+    tx = optim.make(cfg.optim, cfg.train.steps or 1, shapes, axes)
+    state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+    cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
+    tokens = cfg.train.global_batch_size * cfg.data.sequence_length
+    mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    gradient = sharding.bytes_a_device(state.params)
+    return "\n".join(
+        [
+            json.dumps(to_dict(cfg), indent=2),
+            report.parameter_table(registry.count_parameters(shapes), tokens, cost),
+            f"FLOPs a token: {flops.FORMULA}",
+            f"mesh: {mesh} ({num_devices} devices)",
+            f"memory a device: {sharding.bytes_a_device(state) / 2**20:,.1f} MiB of state and "
+            f"{gradient / 2**20:,.1f} MiB of gradients, activations not counted",
+        ]
+    )
