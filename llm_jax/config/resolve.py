@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -166,7 +167,7 @@ def load(spec: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     raw: dict[str, Any] = {}
     if spec:
         path = find_config(spec)
-        raw = _run_file(path, _split(spec)[1])
+        raw = _read_json(path) if path.endswith(".json") else _run_file(path, _split(spec)[1])
         try:
             from_dict(raw)  # here, so that the message can name the file
         except ConfigError as error:
@@ -206,18 +207,19 @@ def config_names() -> list[str]:
 def find_config(spec: str) -> str:
     """The absolute path of the config file that `spec` names.
 
-    `spec` is a path ("configs/x.py", "/abs/x.py") or the name of a shipped config ("quickstart", "gpt2/124m"), and
-    may end in ":arg", which goes to its get_config. Raises ConfigError with the nearest names where there is none.
+    `spec` is a path ("configs/x.py", "/abs/x.py", or the "config.json" that a run left) or the name of a shipped config
+    ("quickstart", "gpt2/124m"), and may end in ":arg", which goes to its get_config. Raises ConfigError, with the
+    nearest names, where there is none.
     """
     name = _split(spec)[0]
     given = Path(name).expanduser().absolute()
-    if given.suffix == ".py" and given.is_file():
+    if given.suffix in (".py", ".json") and given.is_file():
         return str(given)
     names, shipped = config_names(), name.removeprefix("configs/").removesuffix(".py")
     if shipped in names:
         return str(shipped_folder() / f"{shipped}.py")
     if given.is_file():
-        raise ConfigError(f"--config={spec}: {given} is not a Python file; a config's name ends in .py")
+        raise ConfigError(f"--config={spec}: {given} is no config file; their names end in .py or .json")
     close = did_you_mean(shipped, names, f"the shipped configs are {', '.join(names)}")
     raise ConfigError(f"--config={spec}: there is no file {given} and no shipped config of this name; {close}")
 
@@ -226,6 +228,16 @@ def _split(spec: str) -> tuple[str, str]:
     """The name and the argument of "x.py:arg"; a colon in a folder's name stays."""
     match = re.fullmatch(r"(.*?\.py)(?::(.*))?", spec) or re.fullmatch(r"([^:]*)(?::(.*))?", spec)
     return (match[1], match[2] or "") if match else (spec, "")
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: this is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a saved config is a JSON object, and this is a {type(raw).__name__}")
+    return raw
 
 
 def _run_file(path: str, arg: str) -> dict[str, Any]:
@@ -240,10 +252,9 @@ def _run_file(path: str, arg: str) -> dict[str, Any]:
             get_config = getattr(module, "get_config", None)
             if not callable(get_config):
                 raise ConfigError(f"{path}: the file has no function get_config(); every config file needs one")
-            takes_arg = bool(inspect.signature(get_config).parameters)
-            if arg and not takes_arg:
+            if arg and not inspect.signature(get_config).parameters:
                 raise ConfigError(f"{path}: get_config() takes no argument, but {arg!r} was given after the colon")
-            config = get_config(arg) if takes_arg else get_config()
+            config = get_config(arg) if arg else get_config()
             if isinstance(config, ml_collections.ConfigDict):
                 config = config.copy_and_resolve_references().to_dict()
         except ConfigError:
