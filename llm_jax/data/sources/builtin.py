@@ -1,0 +1,86 @@
+"""Corpora that every machine has: the source of Python's standard library, and a small synthetic one."""
+
+import os
+import random
+import sysconfig
+from collections.abc import Iterator
+
+from llm_jax.data.sources.documents import Document
+from llm_jax.errors import DataError
+
+# ------------------------------------------------------------------------------------------ standard library
+
+_SKIPPED_FOLDERS = {
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data", "msilib",
+    "__phello__", "lib-dynload",
+}  # fmt: skip
+# Tables, machine-made files, and what differs from one installation to the next.
+_SKIPPED_FILES = {
+    "keyword.py", "opcode.py", "_opcode_metadata.py", "token.py", "stringprep.py", "html/entities.py",
+    "__phello__.foo.py", "sitecustomize.py", "usercustomize.py",
+}  # fmt: skip
+
+
+def standard_library() -> tuple[str, list[str]]:
+    """Its folder and the names of its source files, without tests, tables and installed packages."""
+    root = sysconfig.get_path("stdlib")
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        inside = os.path.relpath(folder, root)
+        names += [os.path.normpath(os.path.join(inside, f)) for f in files if f.endswith(".py")]
+    names = [n for n in names if n not in _SKIPPED_FILES and not n.startswith("_sysconfigdata")]
+    if not names:
+        raise DataError(f"This Python has no source files of its standard library in {root}: set data.path to a text.")
+    return root, sorted(names)
+
+
+def top_level_module(name: str) -> str:
+    """What keeps a package on one side of the split."""
+    return name.split("/")[0].removesuffix(".py")
+
+
+# ------------------------------------------------------------------------------------------------- synthetic
+
+SYNTHETIC_VERSION = 1  # goes up when the text changes
+SYNTHETIC_BYTES = 1_000_000
+
+_NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivan Jo Kim Lena Milo Nora Otto Pia".split()
+_THINGS = "apples books coins drums eggs flags keys lamps maps nuts pens rings shells stones stamps toys".split()
+_PLACES = "barn cabin garden harbour kitchen library market meadow school station tower village".split()
+
+
+def read_synthetic(start: int) -> Iterator[tuple[int, Document]]:
+    """Little stories that add and subtract: names, things and sums come back, so that there is much to learn."""
+    # Only random() is promised to give the same numbers in every version of Python.
+    draw = random.Random(0).random
+    total = number = 0
+    while total < SYNTHETIC_BYTES:
+        text = _story(draw)
+        total += len(text)
+        number += 1
+        if number > start:
+            yield number, Document(f"synthetic:{number}", f"synthetic:{number}", text=text)
+
+
+def _story(draw) -> str:
+    def pick(choices):
+        return choices[int(draw() * len(choices))]
+
+    first, second = pick(_NAMES), pick(_NAMES[:-1])
+    if second == first:
+        second = _NAMES[-1]
+    thing, count = pick(_THINGS), int(draw() * 20) + 1
+    lines = [f"{first} is in the {pick(_PLACES)} and has {count} {thing}."]
+    for _ in range(int(draw() * 5) + 2):
+        change = int(draw() * 9) + 1
+        if draw() < 0.5:
+            count += change
+            lines.append(f"{second} gives {first} {change} more, so now {first} has {count} {thing}.")
+        elif change <= count:
+            count -= change
+            lines.append(f"{first} loses {change} in the {pick(_PLACES)}, so now {first} has {count} {thing}.")
+        else:
+            lines.append(f"{second} asks for {change} {thing}, but {first} has only {count}.")
+    lines.append(f"How many {thing} does {first} have? {count}.")
+    return "\n".join(lines) + "\n"
