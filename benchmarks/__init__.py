@@ -1,0 +1,1 @@
+"""Side-by-side runs against peers: each prints a table; nothing timed lives in the tests."""
