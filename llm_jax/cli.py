@@ -4,6 +4,7 @@ Nothing heavy is imported until a command needs it: `llm-jax --help` and the ref
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -195,9 +196,9 @@ def train_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     workdir = existing_run(args.workdir)
     start()
-    from llm_jax.training.evaluate import evaluate
+    from llm_jax.training import restore
 
-    results = evaluate(workdir, step=args.step, overrides=args.overrides)
+    results = restore.evaluate(workdir, step=args.step, overrides=args.overrides)
     if args.json:
         return print_json(results)
     width = max(map(len, results), default=0)
@@ -216,9 +217,9 @@ def generate_command(args: argparse.Namespace) -> int:
     prompts = args.prompt + ([read_text(args.prompt_file)] if args.prompt_file else []) or [""]
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     start()
-    from llm_jax.generation import generate
+    from llm_jax.training import restore
 
-    generate.main(workdir, prompts, given, args.seed, stream=len(prompts) == 1)
+    restore.generate(workdir, prompts, given, args.seed, stream=len(prompts) == 1)
     return 0
 
 
@@ -238,10 +239,19 @@ def inspect_command(args: argparse.Namespace) -> int:
     if args.print_config:
         return print_json(to_dict(cfg))
     check_data(cfg)
+    if args.rows < 1:
+        raise UserError(f"--rows={args.rows}: give at least 1")
     start(cfg)
-    from llm_jax.data import inspect
+    import numpy as np
 
-    print(inspect.inspect_rows(cfg, args.rows))
+    from llm_jax.data import inspect, loader, store
+    from llm_jax.sharding import Layout
+
+    stores = store.prepare(cfg.data)
+    with contextlib.closing(loader.make_train(stores, cfg.data, args.rows, cfg.seed, Layout())) as batches:
+        features = {name: np.asarray(array) for name, array in next(batches).items()}
+    rows = [{name: array[i] for name, array in features.items()} for i in range(args.rows)]
+    inspect.inspect_rows(rows, stores[0].tokenizer, args.rows)
     return 0
 
 

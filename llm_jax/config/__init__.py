@@ -1,12 +1,13 @@
 """The configuration of a run: schema (all keys), resolve (files and overrides to dataclasses), checks (pairs)."""
 
-from llm_jax.config.checks import check, check_devices
+from llm_jax.config.checks import check, check_devices, check_vocab
 from llm_jax.config.resolve import (
     config_names,
     differences,
     find_config,
     from_dict,
     load,
+    override,
     to_dict,
 )
 from llm_jax.config.schema import (

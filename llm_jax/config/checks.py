@@ -12,7 +12,7 @@ from llm_jax.config.schema import Config, DataConfig, DecoderConfig, MeshConfig,
 from llm_jax.config.values import did_you_mean, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-TOKEN_FORMATS = ("nanogpt", "llmc", "megatron", "synthetic")  # their files hold token ids, not text
+TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
 MESH_AXES = ("data", "fsdp", "tensor")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
@@ -100,18 +100,12 @@ def check_duration(cfg: Config) -> None:
         (first, value), (second, other) = list(given.items())[:2]
         reason = f"train.{second} = {other} is set too, and a run has one length"
         raise refuse(f"train.{first}", value, reason, f"set one of them to 0, for example train.{first}=0")
-    if train.tokens and train.tokens < tokens_a_step(cfg):
-        reason = f"one step already takes {tokens_a_step(cfg)} (train.global_batch_size * data.sequence_length)"
-        raise refuse("train.tokens", train.tokens, reason, "give more tokens or a smaller batch")
-
-
-def tokens_a_step(cfg: Config) -> int:
-    return cfg.train.global_batch_size * cfg.data.sequence_length
 
 
 def run_steps(cfg: Config) -> int | None:
-    """How many steps the run has (tokens are rounded down to whole steps); None where only the data can tell."""
-    return cfg.train.steps or cfg.train.tokens // tokens_a_step(cfg) or None
+    """How many steps the run has, a step begun being a whole one; None where only the data can tell (epochs)."""
+    tokens_a_step = cfg.train.global_batch_size * cfg.data.sequence_length
+    return cfg.train.steps or -(-cfg.train.tokens // tokens_a_step) or None
 
 
 # ---------------------------------------------------------------------------------------------------- model

@@ -14,7 +14,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _unknown_key(key: str, value: Any) -> ConfigError:
 # ------------------------------------------------------------------------------------------- config files
 
 
-def load(spec: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """The run that a config file and overrides such as "optim.learning_rate=3e-4" describe, later ones winning.
 
     Args:
@@ -172,22 +172,30 @@ def load(spec: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
             from_dict(raw)  # here, so that the message can name the file
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-    for override in overrides:
-        _override(raw, override)
+    return _build_with(raw, overrides)
+
+
+def override(cfg: Config, overrides: Sequence[str]) -> Config:
+    """`cfg` with overrides such as "mesh.data=4" laid over it, later ones winning."""
+    return _build_with(to_dict(cfg), overrides)
+
+
+def _build_with(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        key = key.strip().removeprefix("config.")
+        if not equals:
+            raise ConfigError(f"{key}: this override has no value; write {key}=VALUE")
+        _set(raw, key.split("."), Text(value))
     return from_dict(raw)
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    key = key.strip().removeprefix("config.")
-    if not equals:
-        raise ConfigError(f"{key}: this override has no value; write {key}=VALUE")
-    *groups, leaf = key.split(".")
-    for group in groups:
-        if not isinstance(raw.get(group), dict):
-            raw[group] = {}  # a value that is given keys is refused when the whole is built
-        raw = raw[group]
-    raw[leaf] = Text(value)
+def _set(group: dict[str, Any], names: list[str], value: Text) -> None:
+    for name in names[:-1]:
+        if not isinstance(group.get(name), dict):
+            group[name] = {}  # a value that is given keys is refused when the whole is built
+        group = group[name]
+    group[names[-1]] = value
 
 
 def shipped_folder() -> Path:

@@ -1,0 +1,205 @@
+"""Pairs of keys that are refused, with key, value, reason and fix; and their neighbours that are not."""
+
+import pytest
+
+from llm_jax.config import Config, check, check_devices, check_vocab, config_names, load
+from llm_jax.config.checks import mesh_sizes, run_steps
+from llm_jax.errors import ConfigError
+
+BASE = ("train.steps=100",)
+
+
+def message_of(function, *args) -> str:
+    with pytest.raises(ConfigError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message and " = " in message and "; " in message  # key = value: reason; fix
+    return message
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_shipped_config_passes(name):
+    check(load(name))
+
+
+def test_defaults_lack_only_a_length():
+    assert message_of(check, Config()).startswith("train.steps = 0")
+    check(load("", BASE))
+
+
+REFUSED = [
+    # the run
+    (["name=a/b"], ["name = 'a/b'", "slashes"]),
+    (["name="], ["name = ''"]),
+    (["name=.."], ["name = '..'"]),
+    (["seed=4294967296"], ["seed = 4294967296", "4294967295"]),
+    (["train.steps=0"], ["train.steps, train.tokens, train.epochs"]),
+    (["train.tokens=1e6"], ["train.steps = 100", "train.tokens = 1000000"]),
+    (["train.steps=0", "train.tokens=1e6", "train.epochs=1"], ["train.tokens = 1000000", "train.epochs = 1.0"]),
+    (["train.global_batch_size=10", "train.accumulation=4"], ["train.global_batch_size = 10", "8 or 12"]),
+    (["checkpoint.resume_from=a", "checkpoint.init_from=b"], ["checkpoint.resume_from = 'a'", "init_from = 'b'"]),
+    (["eval.sampling=random"], ["eval.batches = 0"]),
+    (["log.profile_start=5"], ["log.profile_start = 5", "log.profile_steps"]),
+    (["log.trackers=tensorboard,wanb"], ["log.trackers = 'wanb'", "did you mean wandb?"]),
+    # the model
+    (["model.embed_dim=130"], ["model.embed_dim = 130", "model.num_heads = 4", "128 or 132"]),
+    (["model.num_kv_heads=3"], ["model.num_kv_heads = 3", "1, 2, 4"]),
+    (["model.num_kv_heads=8"], ["model.num_kv_heads = 8"]),
+    (["model.head_dim=31"], ["model.head_dim = 31", "pairs"]),
+    (["model.rope.fraction=0.3"], ["model.rope.fraction = 0.3", "9.6 of each head's 32"]),
+    (["model.rope.scaling=yarn"], ["model.rope.scaling = 'yarn'", "model.rope.factor is 1"]),
+    (["model.rope.factor=4"], ["model.rope.factor = 4.0", "model.rope.scaling"]),
+    (["model.rope.beta_fast=3"], ["model.rope.beta_fast = 3.0", "yarn"]),
+    (
+        ["model.rope.scaling=llama3", "model.rope.factor=8", "model.rope.high_freq_factor=1"],
+        ["model.rope.high_freq_factor = 1.0", "low_freq_factor = 1"],
+    ),
+    (
+        ["model.positions=sinusoidal", "model.num_heads=1", "model.embed_dim=129"],
+        ["model.embed_dim = 129", "even"],
+    ),
+    (
+        ["model.positions=relative", "model.relative_max_distance=16"],
+        ["model.relative_max_distance = 16", "more than 16"],
+    ),
+    (["model.relative_buckets=16"], ["model.relative_buckets = 16", "model.positions = relative"]),
+    (["model.norm=layernorm", "model.bias=all", "model.norm_scale=false"], ["model.norm_scale = False"]),
+    (["model.padded_vocab_in_softmax=true"], ["model.padded_vocab_in_softmax = True", "vocab_multiple"]),
+    (["model.init=torch", "model.init_std=0.1"], ["model.init_std = 0.1"]),
+    (["model.attention_kernel=cudnn"], ["model.attention_kernel = 'cudnn'", "precision.compute is float32"]),
+    # the data
+    (["data.sequence_length=2048"], ["data.sequence_length = 2048", "model.max_length = 1024"]),
+    (
+        ["model.positions=learned", "data.sequence_length=2048"],
+        ["data.sequence_length = 2048", "model.max_length=2048"],
+    ),
+    (["data.packing=crops"], ["data.mask_documents = True", "crops"]),
+    (["data.path=x", "data.mixture.a.path=y"], ["data.path = 'x'", "data.mixture.NAME.path"]),
+    (["data.mixture.a.weight=1"], ["data.mixture.a.path = ''"]),
+    (["data.path="], ["data.path = ''"]),
+    (["data.mixture_temperature=2"], ["data.mixture_temperature = 2.0"]),
+    (["data.tokenizer=none", "model.vocab_size=99", "data.format=jsonl"], ["data.format = 'jsonl'", "nanogpt"]),
+    (["data.tokenizer=none"], ["model.vocab_size = 0"]),
+    (["data.tokenizer_vocab_size=999"], ["data.tokenizer_vocab_size = 999", "data.tokenizer = bpe"]),
+    (["data.long_documents=drop"], ["data.long_documents = 'drop'", "first_fit or best_fit"]),
+    # the optimizer
+    (["optim.warmup_steps=5", "optim.warmup_ratio=0.1"], ["optim.warmup_steps = 5", "warmup_ratio = 0.1"]),
+    (["optim.warmup_steps=100"], ["optim.warmup_steps = 100", "100 steps"]),
+    (["optim.warmup_ratio=1"], ["optim.warmup_ratio = 1.0"]),
+    (["optim.decay_steps=101"], ["optim.decay_steps = 101", "100 steps"]),
+    (["optim.decay_steps=10", "optim.warmup_steps=10"], ["optim.decay_steps = 10", "update 10"]),
+    (["optim.decay_steps=10", "optim.schedule=constant"], ["optim.decay_steps = 10", "cosine or linear or wsd"]),
+    (["optim.cooldown_ratio=0.1"], ["optim.cooldown_ratio = 0.1", "wsd"]),
+    (["optim.schedule=wsd", "optim.cooldown_ratio=0.9", "optim.warmup_steps=20"], ["optim.cooldown_ratio = 0.9"]),
+    (
+        ["train.steps=0", "train.epochs=1", "optim.schedule=wsd", "optim.cooldown_ratio=0.9", "optim.warmup_ratio=0.2"],
+        ["optim.cooldown_ratio = 0.9", "warmup_ratio = 0.2"],
+    ),
+    # the mesh
+    (["mesh.fsdp=-1"], ["mesh.fsdp = -1", "mesh.data"]),
+    (["mesh.tensor=0"], ["mesh.tensor = 0"]),
+    (["mesh.tensor=3"], ["model.num_heads = 4", "3 or 6"]),
+    (["mesh.tensor=2", "model.num_kv_heads=1"], ["model.num_kv_heads = 1"]),
+    (["mesh.tensor=4", "model.mlp_dim=514"], ["model.mlp_dim = 514", "512 or 516"]),
+    (["mesh.tensor=2", "model.vocab_size=65"], ["model.vocab_multiple = 1", "model.vocab_multiple=2"]),
+]
+
+
+@pytest.mark.parametrize("overrides, words", REFUSED, ids=[",".join(overrides) for overrides, _ in REFUSED])
+def test_refused_with_key_value_reason_and_fix(overrides, words):
+    message = message_of(check, load("", [*BASE, *overrides]))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.embed_dim=130", "model.head_dim=32"],
+        ["model.num_kv_heads=2"],
+        ["model.rope.fraction=0.25"],
+        ["model.rope.scaling=linear", "model.rope.factor=4"],
+        ["model.positions=learned", "data.sequence_length=1024"],
+        ["model.bias=all"],
+        ["model.attention_kernel=cudnn", "precision.compute=bfloat16"],
+        ["data.packing=crops", "data.mask_documents=False"],
+        ["data.mixture.a.path=x", "data.mixture.b.path=y", "data.mixture_temperature=2"],
+        ["data.tokenizer=none", "model.vocab_size=99"],
+        ["data.tokenizer=none", "model.vocab_size=99", "data.format=llmc"],
+        ["optim.warmup_steps=99"],
+        ["optim.decay_steps=100"],
+        ["optim.schedule=wsd", "optim.cooldown_ratio=0.8", "optim.warmup_steps=20"],
+        ["train.steps=0", "train.tokens=1"],
+        ["train.steps=0", "train.epochs=0.5", "optim.warmup_steps=10000"],
+        ["mesh.tensor=2", "model.vocab_size=65", "model.vocab_multiple=4"],
+        ["mesh.data=2", "mesh.fsdp=-1"],
+        ["eval.sampling=random", "eval.batches=10"],
+    ],
+    ids=",".join,
+)
+def test_accepted(overrides):
+    check(load("", [*BASE, *overrides]))
+
+
+def test_run_steps():
+    assert run_steps(load("", ["train.steps=7"])) == 7
+    assert run_steps(load("", ["train.tokens=8193"])) == 2  # 32 x 256 a step
+    assert run_steps(load("", ["train.epochs=3"])) is None
+
+
+def test_vocabulary_is_the_tokenizers_or_at_least_as_large():
+    assert check_vocab(load(""), 257) == 257
+    assert check_vocab(load("", ["model.vocab_size=300"]), 257) == 300
+    assert "at least 257" in message_of(check_vocab, load("", ["model.vocab_size=256"]), 257)
+    assert "vocab_multiple=4" in message_of(check_vocab, load("", ["mesh.tensor=4"]), 257)
+
+
+# -------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    "overrides, num_devices, expected",
+    [
+        ([], 8, (8, 1, 1)),
+        (["mesh.tensor=2"], 8, (4, 1, 2)),
+        (["mesh.data=2", "mesh.fsdp=-1"], 8, (2, 4, 1)),
+        (["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], 4, (1, 2, 2)),
+    ],
+)
+def test_mesh_sizes(overrides, num_devices, expected):
+    sizes = mesh_sizes(load("", overrides).mesh, num_devices)
+    assert tuple(sizes.items()) == tuple(zip(("data", "fsdp", "tensor"), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides, num_devices, words",
+    [
+        (["mesh.data=3"], 8, ["mesh.data = 3", "there are 8", "mesh.data=8"]),
+        (["mesh.data=2", "mesh.fsdp=3"], 8, ["mesh.fsdp = 3", "mesh.fsdp=4"]),
+        (["mesh.tensor=3"], 8, ["mesh.tensor = 3", "does not divide the 8 devices", "1 or 2 or 4 or 8"]),
+        (["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"], 6, ["makes 8 devices, and there are 6"]),
+        (["mesh.data=1"], 2, ["mesh.data = 1", "mesh.data=2"]),
+        (["mesh.tensor=-1", "mesh.data=1", "model.num_heads=2"], 4, ["model.num_heads = 2", "mesh.tensor = 4"]),
+        (["train.global_batch_size=12"], 8, ["train.global_batch_size = 12", "mesh.data 8", "8 or 16"]),
+        (["train.global_batch_size=16", "train.accumulation=4"], 8, ["train.global_batch_size = 16", "give 32"]),
+        (["train.per_device_batch_size=2"], 8, ["train.per_device_batch_size = 2", "16 sequences", "set it to 4"]),
+        (["eval.batch_size=12"], 8, ["eval.batch_size = 12", "8 or 16"]),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(overrides, num_devices, words):
+    message = message_of(check_devices, load("", overrides), num_devices)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.per_device_batch_size=4"],
+        ["train.per_device_batch_size=2", "train.accumulation=2"],
+        ["train.per_device_batch_size=8", "mesh.tensor=2"],
+        ["eval.batch_size=24"],
+    ],
+)
+def test_what_fits_the_devices(overrides):
+    check_devices(load("", overrides), 8)
