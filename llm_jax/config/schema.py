@@ -58,10 +58,10 @@ class RopeConfig:
 class DropoutConfig:
     """The four usual places (Vaswani et al. 2017, section 5.4; GPT-2)."""
 
-    embedding: float = fraction(0.0)  # after token plus position
-    attention: float = fraction(0.0)  # attention probabilities
-    attention_output: float = fraction(0.0)  # before the attention residual
-    mlp_output: float = fraction(0.0)  # before the MLP residual
+    embedding: float = bounded(0.0, 0.0, 0.999)  # after token plus position
+    attention: float = bounded(0.0, 0.0, 0.999)  # attention probabilities
+    attention_output: float = bounded(0.0, 0.0, 0.999)  # before the attention residual
+    mlp_output: float = bounded(0.0, 0.0, 0.999)  # before the MLP residual
 
 
 @dataclasses.dataclass(frozen=True)

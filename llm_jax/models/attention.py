@@ -55,8 +55,8 @@ class Attention(nn.Module):
         key = self._heads("key", x, kv_heads, "kv_heads")
         value = self._heads("value", x, kv_heads, "kv_heads")
         if cfg.qk_norm:
-            query = Norm("rmsnorm", cfg.norm_eps, self.precision, name="query_norm")(query)
-            key = Norm("rmsnorm", cfg.norm_eps, self.precision, name="key_norm")(key)
+            query = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="query_norm")(query)
+            key = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="key_norm")(key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         if cache_length:
