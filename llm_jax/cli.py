@@ -210,7 +210,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def generate_command(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")}
     given = {name: value for name, value in given.items() if value is not None}
-    from_dict({"generate": given})  # refuses what is out of range before a model is loaded
+    checked = from_dict({"generate": given}).generate  # what is out of range is refused before a model is loaded
+    given = {name: getattr(checked, name) for name in given}
     if args.num_samples < 1:
         raise UserError(f"--num_samples={args.num_samples}: give at least 1")
     workdir = existing_run(args.workdir)
