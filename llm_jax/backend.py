@@ -1,8 +1,10 @@
 """JAX's process-wide settings, made by the command line before the first array: compile cache, 64 bits, quiet logs."""
 
+import functools
 import logging
 import os
 import platform
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -26,16 +28,30 @@ def compile_cache_folder() -> Path:
 
 
 def start_backend(cfg: Config | None = None) -> None:
-    """Set JAX up for this process. Calling it again, once the run's config is known, adds what the config asks for.
-
-    A compile cache that cannot be read or written costs a warning and the time to compile, never the run.
-    """
+    """Set JAX up for this process. Calling it again, once the run's config is known, adds what the config asks for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only; read when jaxlib is loaded
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    jax.config.update("jax_raise_persistent_cache_errors", False)
+    keep_compiled_programs()
     if cfg is not None and "float64" in (cfg.precision.params, cfg.precision.compute):
         jax.config.update("jax_enable_x64", True)
+
+
+@functools.cache
+def keep_compiled_programs() -> None:
+    """Turn the compile cache on. One that cannot be used costs a warning and the time to compile, never the run."""
+    import jax
+
+    folder = compile_cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = "warning: compiled programs cannot be kept in %s (%s), so every start compiles them again"
+        logging.getLogger(__name__).warning(text, folder, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    jax.config.update("jax_raise_persistent_cache_errors", False)
