@@ -171,7 +171,8 @@ def test_zstandard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, module, extra", [("a.txt.zst", "zstandard", "data"), ("a.parquet", "pyarrow", "data"), ("d", "datasets", "hf")]
+    "name, module, extra",
+    [("a.txt.zst", "zstandard", "data"), ("a.parquet", "pyarrow", "data"), ("d", "datasets", "hf")],
 )
 def test_a_missing_library_names_its_extra(tmp_path, monkeypatch, name, module, extra):
     path = write(tmp_path / name, "x")
@@ -220,7 +221,9 @@ def test_parquet(tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", "tw\u00f6", None, "four"], "n": [1, 2, 3, 4]}), path, row_group_size=2)
+    parquet.write_table(
+        pyarrow.table({"text": ["one", "tw\u00f6", None, "four"], "n": [1, 2, 3, 4]}), path, row_group_size=2
+    )
     source, documents = read(path)
     assert source.format == "parquet"
     assert [getattr(d, "text", None) for d in documents] == ["one", "tw\u00f6", None, "four"]
@@ -313,7 +316,8 @@ def test_hub_names(monkeypatch):
 def test_saved_datasets(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the library datasets (extra: hf)")
     both = datasets.DatasetDict(
-        train=datasets.Dataset.from_dict({"text": ["one", "two"]}), validation=datasets.Dataset.from_dict({"text": ["v"]})
+        train=datasets.Dataset.from_dict({"text": ["one", "two"]}),
+        validation=datasets.Dataset.from_dict({"text": ["v"]}),
     )
     both.save_to_disk(tmp_path / "dict")
     assert texts(tmp_path / "dict") == ["one", "two"]
@@ -438,7 +442,9 @@ def test_the_synthetic_text_is_always_the_same():
     first, second = texts("synthetic"), texts("anything", format="synthetic")
     assert first == second
     assert 1_000_000 <= sum(map(len, first)) < 1_001_000
-    assert first[0].startswith("Nora is in the market and has 6 keys.\nLena gives Nora 8 more, so now Nora has 14 keys.\n")
+    assert first[0].startswith(
+        "Nora is in the market and has 6 keys.\nLena gives Nora 8 more, so now Nora has 14 keys.\n"
+    )
     assert len(set(first)) > 0.99 * len(first)
     source = open_source(SourceConfig("synthetic"))
     assert next(source.read(Position(0, 10)))[1].text == first[10]

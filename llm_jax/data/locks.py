@@ -18,7 +18,8 @@ def locked(path: str, note: Callable[[str], None]) -> Iterator[None]:
     with open(path, "a+", encoding="utf-8") as stream:
         if not _try_lock(stream, path):
             stream.seek(0)
-            note(f"Waiting for {stream.read().strip() or 'another process'}, which is preparing the same data ({path}).")
+            owner = stream.read().strip() or "another process"
+            note(f"Waiting for {owner}, which is preparing the same data ({path}).")
             while not _try_lock(stream, path):
                 time.sleep(0.2)
         stream.truncate(0)

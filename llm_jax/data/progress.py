@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-LINE_EVERY = 5.0  # seconds between plain lines
+LINE_EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:

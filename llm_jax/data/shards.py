@@ -59,7 +59,8 @@ class Shards:
         return (self._load(n) for n in range(self._count))
 
     def _load(self, number: int) -> dict[str, np.ndarray]:
-        with np.load(os.path.join(self.folder, self._name(number))) as arrays:
+        # Opened here, as numpy leaves a damaged file open.
+        with open(os.path.join(self.folder, self._name(number)), "rb") as stream, np.load(stream) as arrays:
             return dict(arrays)
 
     def _last_is_whole(self) -> bool:

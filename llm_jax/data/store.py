@@ -158,8 +158,8 @@ def _require_few_bad_records(store: Store, cfg: DataConfig) -> None:
     bad = store.manifest["bad_records"]
     if bad["count"] > cfg.max_bad_records:
         raise DataError(
-            f"{bad['count']} bad records were skipped in {store.manifest['source']['path']}, and data.max_bad_records is "
-            f"{cfg.max_bad_records}; the first: {bad['first'][0]}."
+            f"{bad['count']} bad records were skipped in {store.manifest['source']['path']}, and "
+            f"data.max_bad_records is {cfg.max_bad_records}; the first: {bad['first'][0]}."
         )
 
 

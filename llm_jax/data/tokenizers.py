@@ -96,7 +96,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """The characters of a corpus in the order of their code points, then, if wanted, an id for the end of a document."""
+    """The characters of a corpus in the order of their code points, then, if wanted, an id for a document's end."""
 
     kind = "char"
 
@@ -176,7 +176,9 @@ class JsonTokenizer(Tokenizer):
             self._library.model.dropout = None  # BPE dropout would give other ids every time
         vocab = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.eos_id = next((vocab[name] for name in EOS_NAMES if name in vocab), None)
+        self._added = self._library.get_added_tokens_decoder()  # id -> token beside the model's vocabulary
+        special = {token.content: id for id, token in self._added.items() if token.special}
+        self.eos_id = next((special[name] for name in EOS_NAMES if name in special), None)
         self._lines_are_apart = not self._spec.get("normalizer") and self._pre_tokens_end_at_lines()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -216,7 +218,7 @@ class JsonTokenizer(Tokenizer):
             and not levels[0].get("add_prefix_space")
             and not self._spec.get("normalizer")
             and all(byte in vocab for byte in _byte_alphabet())
-            and not any((t["lstrip"] or t["rstrip"]) and not t["special"] for t in self._spec["added_tokens"])
+            and not any((t.lstrip or t.rstrip) and not t.special for t in self._added.values())
         )
 
     @functools.cached_property
@@ -226,8 +228,8 @@ class JsonTokenizer(Tokenizer):
         pieces = [UNKNOWN] * self.vocab_size
         for token, id in self._library.get_vocab(with_added_tokens=False).items():
             pieces[id] = spell(token)
-        for token in self._spec["added_tokens"]:
-            pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
+        for id, token in self._added.items():
+            pieces[id] = b"" if token.special else token.content.encode()
         return pieces
 
     def _speller(self):
@@ -252,7 +254,7 @@ class JsonTokenizer(Tokenizer):
     def _pre_tokens_end_at_lines(self) -> bool:
         """Whether a text may be cut behind the line ends that `line_pieces` cuts at, without changing its ids."""
         split = self._library.pre_tokenizer
-        if split is None or any("\n" in token["content"] for token in self._spec["added_tokens"]):
+        if split is None or any("\n" in t.content or t.lstrip for t in self._added.values()):
             return False
         for left, right in (("ab\n", "cd"), ("a1\n", "2b"), ("x_\n", "_y"), ("é\n", "é")):
             parts = [piece for half in (left, right) for piece, _ in split.pre_tokenize_str(half)]

@@ -179,7 +179,9 @@ class _Reader:
             for document, ids in zip(documents, arrays, strict=True):
                 spelt, size = int(self.token_bytes[ids].sum()), len(document.text.encode())
                 if spelt != size:
-                    raise DataError(f"The tokenizer spells {spelt} of the {size} bytes of {document.id}: it loses text.")
+                    raise DataError(
+                        f"The tokenizer spells {spelt} of the {size} bytes of {document.id}: it loses text."
+                    )
         if self.job.cfg.eos == "none":
             return arrays
         eos = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)

@@ -30,6 +30,9 @@ class Position(NamedTuple):
     record: int = 0  # the last one read of that file, counting from 1
 
 
+START = Position()
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Files of one format, in a fixed order."""
@@ -73,7 +76,7 @@ class Source:
         return identity
 
     def read(
-        self, after: Position = Position(), meter: Meter = lambda count: None
+        self, after: Position = START, meter: Meter = lambda count: None
     ) -> Iterator[tuple[Position, Document | BadRecord]]:
         """Documents and unusable records with the position behind each; goes on from `after`."""
         whole = 1 if self.format in ("hf", "synthetic") else len(self.files)  # those are read as one file
@@ -227,8 +230,13 @@ def _common_format(path: str, files: list[InputFile]) -> str:
 
 
 def detect_format(path: str) -> str:
-    """By the name's ending, else by the first bytes."""
+    """By the name's ending; where that says too little, by the first bytes."""
     lower = path.lower()
+    for format in ("jsonl", "parquet", "arrayrecord"):
+        if re.search(_ENDINGS[format], lower):
+            return format
+    if lower.endswith((".txt", ".md", ".py")):  # not even opened, as there may be very many
+        return "text"
     with reading(path), open(path, "rb") as stream:
         head = stream.read(1 << 16)
     if lower.endswith(".idx") and head.startswith(token_files.MEGATRON_MAGIC):
@@ -237,9 +245,6 @@ def detect_format(path: str) -> str:
         if os.path.exists(token_files.megatron_index(path)):
             return "megatron"
         return "llmc" if int.from_bytes(head[:4], "little") == token_files.LLMC_MAGIC else "nanogpt"
-    for format in ("jsonl", "parquet", "arrayrecord"):
-        if re.search(_ENDINGS[format], lower):
-            return format
     if head.startswith(b"PAR1"):
         return "parquet"
     no_ending = "." not in os.path.basename(path)

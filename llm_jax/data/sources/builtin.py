@@ -45,9 +45,18 @@ def top_level_module(name: str) -> str:
 SYNTHETIC_VERSION = 1  # goes up when the text changes
 SYNTHETIC_BYTES = 1_000_000
 
-_NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivan Jo Kim Lena Milo Nora Otto Pia".split()
-_THINGS = "apples books coins drums eggs flags keys lamps maps nuts pens rings shells stones stamps toys".split()
-_PLACES = "barn cabin garden harbour kitchen library market meadow school station tower village".split()
+_NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kim", "Lena", "Milo", "Nora", "Otto",
+    "Pia",
+)  # fmt: skip
+_THINGS = (
+    "apples", "books", "coins", "drums", "eggs", "flags", "keys", "lamps", "maps", "nuts", "pens", "rings",
+    "shells", "stones", "stamps", "toys",
+)  # fmt: skip
+_PLACES = (
+    "barn", "cabin", "garden", "harbour", "kitchen", "library", "market", "meadow", "school", "station", "tower",
+    "village",
+)  # fmt: skip
 
 
 def read_synthetic(start: int) -> Iterator[tuple[int, Document]]:
