@@ -44,7 +44,7 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
     shardings = layout.parameter_shardings(shapes, model.axes())
-    abstract = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
     name = "ema" if cfg.train.ema_decay else "params"
     params, step = checkpoint.restore_params(workdir, step, abstract, name)
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)

@@ -40,6 +40,7 @@ def train(cfg: Config, workdir: str) -> None:
     distributed.initialize()
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(distributed.Preemption())
+        watchdog = stack.enter_context(distributed.Watchdog())
         check_devices(cfg, jax.device_count())
         layout = sharding.make_layout(cfg.mesh)
 
@@ -60,7 +61,7 @@ def train(cfg: Config, workdir: str) -> None:
         evaluator = make_evaluator(cfg, stores, model, objective, layout)
 
         distributed.assert_same_everywhere("the config", json.dumps(to_dict(cfg), sort_keys=True))
-        checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))
+        checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
         run_folder.check_same_config(workdir, to_dict(cfg))
         start = checkpoint.start(
             cfg.checkpoint, checkpoints, abstract_state, lambda: train_state.init(model, tx, abstract_state, seed)
@@ -109,6 +110,7 @@ def train(cfg: Config, workdir: str) -> None:
             profile(cfg, i, workdir)
             state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
             step_report.add(i + 1, values)
+            watchdog.progress()
 
             last, stopping = i + 1 == steps, preemption.preempted(i + 1)
             if last or (cfg.eval.every and (i + 1) % cfg.eval.every == 0):
@@ -137,10 +139,7 @@ def prepare_data(cfg: Config) -> list[store.Store]:
 
 def with_vocabulary(cfg: Config, size: int) -> Config:
     """`cfg` with the model's vocabulary taken from the tokenizer where the config leaves it open."""
-    check_vocab(cfg, size)
-    if cfg.model.vocab_size:
-        return cfg
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=check_vocab(cfg, size)))
 
 
 def total_steps(cfg: Config, epoch_rows: int) -> int:
