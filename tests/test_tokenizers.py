@@ -117,9 +117,9 @@ def test_cutting_long_texts_does_not_change_ids(bpe, pattern):
         assert bpe.token_bytes() is not None
     rng = np.random.default_rng(0)
     alphabet = [*"abcdefgh_019 \n\n\n.,'\t", " the", "\r\n", "\u00e9", "\u65e5", "n't", "}\n/"]
-    text = "".join(rng.choice(alphabet, 400_000))
+    text = "".join(rng.choice(alphabet, 150_000))
     whole = np.array(bpe._library.encode(text, add_special_tokens=False).ids)
-    assert bpe._lines_are_apart and len(list(tokenizers.line_pieces(text))) > 3
+    assert bpe._lines_are_apart and len(list(tokenizers.line_pieces(text))) > 2
     assert "".join(tokenizers.line_pieces(text)) == text
     assert np.array_equal(bpe.encode([text])[0], whole)
 
