@@ -1,0 +1,550 @@
+"""Checkpoints on disk: saved while training goes on, checked when read, restored onto any mesh.
+
+Orbax writes and reads the arrays; this is the only file that imports it. What it does not promise is added here: a
+fingerprint of every array (a flipped byte in an array file would otherwise be restored in silence), exact dtypes and
+keys, a fall-back to the checkpoint before a damaged one, and retention that survives damaged files.
+
+    WORKDIR/checkpoints/<step>            a finished checkpoint
+    WORKDIR/checkpoints/<step>.corrupt    one that was rejected and put aside
+"""
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from llm_jax import distributed
+from llm_jax.config import CheckpointConfig
+from llm_jax.errors import CorruptCheckpointError, UserError
+from llm_jax.sharding import path_name
+from llm_jax.training import run_folder
+from llm_jax.training.fingerprint import Arrays, fingerprint
+
+Tree = Any
+
+FORMAT = 1
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read, or whose content is not what was saved."""
+
+
+# -------------------------------------------------------------------------------------------- what is there
+
+
+def steps(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the finished checkpoints of a run, ascending."""
+    folder = _folder(workdir)
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+
+def best_step(workdir: str | os.PathLike[str]) -> int | None:
+    """Step of the checkpoint with the lowest evaluation loss, or None where none has one."""
+    losses = {step: _loss(_folder(workdir) / str(step)) for step in steps(workdir)}
+    best = min(losses, key=lambda step: losses[step], default=None)
+    return best if best is not None and losses[best] < math.inf else None
+
+
+def _folder(workdir: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(workdir)) / "checkpoints"  # a relative path fails in Orbax's background, one save late
+
+
+def _loss(path: Path) -> float:
+    try:
+        return _read_record(path)["metrics"].get("eval/loss", math.inf)
+    except DamagedCheckpoint:
+        return math.inf
+
+
+def _make_record(step: int, arrays: Arrays, data_state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict:
+    """What is saved beside the arrays: JSON, with a checksum of its own."""
+    prints = fingerprint(arrays)
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "arrays": {
+            path: {"shape": list(a.shape), "dtype": str(a.dtype), "fingerprint": prints[path]}
+            for path, a in arrays.items()
+        },
+        "data": dict(data_state),
+        "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+    }
+    if json.loads(json.dumps(record["data"])) != record["data"]:
+        raise TypeError(f"the data state is not plain JSON, so it would not come back as it is: {data_state!r}")
+    return {"record": record, "sha256": _checksum(record)}
+
+
+def _checksum(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise DamagedCheckpoint("there is no such folder")
+    try:  # Orbax's own reader opens every array for this
+        found = json.loads((path / "_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"its metadata cannot be read ({_root_cause(error)})") from None
+    if not found or _checksum(found.get("record")) != found.get("sha256"):
+        raise DamagedCheckpoint("its record is missing or damaged")
+    if found["record"]["format"] != FORMAT:
+        raise UserError(f"{path} was saved in format {found['record']['format']}; this version reads {FORMAT}")
+    return found["record"]
+
+
+# ---------------------------------------------------------------------------------------- trees and arrays
+
+
+def _by_path(tree: Tree) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts: what is on disk depends on names alone, not on the classes of state and optimizer."""
+    root: dict[str, Any] = {}
+    for path, leaf in by_path.items():
+        *parents, name = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return root
+
+
+def _load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays at the paths of `abstract`, as it says, and the record.
+
+    Raises:
+      DamagedCheckpoint: unreadable, or a fingerprint differs.
+      UserError: another key, shape or dtype than was saved.
+    """
+    record = _read_record(path)
+    _check_fit(path, record["arrays"], abstract, partial=partial)
+    placed = {
+        key: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        )
+        for key, x in abstract.items()
+    }
+    context, reason = ocp.Context(), ""
+    context.pytree_options.loading.partial_load = partial
+    with _quiet_libraries(), context:
+        try:
+            loaded = ocp.load_checkpointables(path, {"state": _nested(placed)})["state"]
+        except Exception as error:  # whatever Orbax makes of files that are not what it wrote
+            _reraise_if_environment(error)
+            reason = _root_cause(error)
+    if reason:
+        raise DamagedCheckpoint(f"its arrays cannot be read ({reason})")
+    arrays = _by_path(loaded)
+    found = fingerprint(arrays)
+    different = [key for key in placed if found[key] != record["arrays"][key]["fingerprint"]]
+    if different:
+        raise DamagedCheckpoint(f"{_some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
+    return arrays, record
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep Orbax's tasks from telling the same damage a dozen times over; what they leave behind is collected here."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
+            yield
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check_fit(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], *, partial: bool) -> None:
+    """Orbax would cast another dtype, and with partial loading leave out a missing key, in silence."""
+    faults = [f"it has no {key}" for key in wanted if key not in saved]
+    if not partial:
+        faults += [f"it has {key}, which is not wanted" for key in saved if key not in wanted]
+    for key, x in wanted.items():
+        if key in saved:
+            there, here = (saved[key]["dtype"], tuple(saved[key]["shape"])), (str(x.dtype), tuple(x.shape))
+            if there != here:
+                faults.append(f"{key} is {there[0]}{list(there[1])} there and {here[0]}{list(here[1])} here")
+    if faults:
+        raise UserError(
+            f"the checkpoint {path} does not fit this config: {_some(faults, '; ')}. Use the config it was saved "
+            f"with ({path.parent.parent / 'config.json'})"
+        )
+
+
+def _some(items: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return separator.join(items[:4]) + more
+
+
+ENVIRONMENT_ERRORS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+ENVIRONMENT_WORDS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def _reraise_if_environment(error: BaseException) -> None:
+    """Too little memory or a file system that is away says nothing about a checkpoint: it must not be put aside."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = getattr(cause, "errno", None)
+        if (
+            isinstance(cause, MemoryError)
+            or number in ENVIRONMENT_ERRORS
+            or any(w in str(cause) for w in ENVIRONMENT_WORDS)
+        ):
+            raise error
+        cause = cause.__cause__
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _rebuild(abstract: Tree, arrays: Arrays) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], abstract)
+
+
+def restore_params(
+    workdir: str | os.PathLike[str], step: int | None, abstract_params: Tree, name: str = "params"
+) -> tuple[Tree, int]:
+    """The parameters alone of a run's checkpoint, onto whatever mesh `abstract_params` names.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None: the newest that is intact.
+      abstract_params: tree of ShapeDtypeStruct, with shardings where it should be split.
+      name: the field of the state: "params", or "ema" for their running average.
+
+    Raises:
+      UserError: there is no such checkpoint, or its parameters have other keys, shapes or dtypes.
+      CorruptCheckpointError: it is damaged (of several: all are).
+    """
+    abstract = {f"{name}/{key}": x for key, x in _by_path(abstract_params).items()}
+    _check_there(workdir, step)
+    tried = [step] if step is not None else steps(workdir)[::-1]
+    arrays, _, step = _load_newest(workdir, tried, abstract, partial=True)
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"{name}/{path_name(path)}"], abstract_params), step
+
+
+def _check_there(workdir: str | os.PathLike[str], step: int | None) -> None:
+    there = steps(workdir)
+    if not there:
+        raise UserError(f"there are no checkpoints in {_folder(workdir)}; is {workdir} the folder of a run that saved?")
+    if step is not None and step not in there:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {_folder(workdir)}; there are {', '.join(map(str, there))}"
+        )
+
+
+def _load_newest(
+    workdir: str | os.PathLike[str],
+    tried: Sequence[int],
+    abstract: Mapping[str, Any],
+    *,
+    partial: bool = False,
+    on_damage: Callable[[int, str], None] | None = None,
+) -> tuple[Arrays, dict[str, Any], int]:
+    """Arrays, record and step of the first step of `tried` that is intact on every process."""
+    for step in tried:
+        reason = ""
+        try:
+            arrays, record = _load(_folder(workdir) / str(step), abstract, partial=partial)
+        except DamagedCheckpoint as error:
+            reason = str(error)
+        if distributed.all_true(not reason):
+            return arrays, record, step
+        (on_damage or _warn_of_damage(workdir))(step, reason or "another process could not read it")
+    raise CorruptCheckpointError(
+        f"no checkpoint in {_folder(workdir)} can be restored (tried {', '.join(map(str, tried))}). Restore the folder "
+        "from a copy, or remove it to start over"
+    )
+
+
+def _warn_of_damage(workdir: str | os.PathLike[str]) -> Callable[[int, str], None]:
+    return lambda step, reason: _warn(f"warning: the checkpoint {_folder(workdir) / str(step)} is damaged: {reason}")
+
+
+def _warn(text: str) -> None:
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------ a run's own
+
+
+class Checkpointer:
+    """Saves and restores one run's checkpoints; a context manager, and the lock on the run's folder.
+
+    Make it before anything else writes into the folder. Whatever ends the `with` block (a normal end, an exception,
+    a signal that Python sees), the save in flight is finished first.
+
+    Args:
+      workdir: the run's folder.
+      cfg: which checkpoints to keep: the latest `keep_latest`, the best `keep_best` by "eval/loss", and those whose
+        step is a multiple of `keep_every`.
+
+    Raises:
+      UserError: the folder cannot be written, or another run uses it.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], cfg: CheckpointConfig):
+        if "://" in os.fspath(workdir):
+            raise UserError(f"the work directory {workdir} is a URL; mount that storage and give its path")
+        self.workdir, self.cfg = Path(os.path.abspath(workdir)), cfg
+        self._folder = _folder(workdir)
+        self._lock = run_folder.Lock(self.workdir)
+        self._saving: int | None = None
+        try:
+            self._losses = {step: _loss(self._folder / str(step)) for step in steps(workdir)}
+            self._prepare_folder()
+            distributed.barrier("checkpoint folder ready")
+            self._orbax = ocp.training.Checkpointer(self._folder, preservation_policy=_Keep(cfg, self._losses))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _prepare_folder(self) -> None:
+        if not distributed.is_main():
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
+        for left_over in self._folder.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed
+            shutil.rmtree(left_over)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            _warn(f"warning: {error}")  # the exception that ends the run says more
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return steps(self.workdir)
+
+    def save(
+        self, step: int, state: Tree, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Begin to save; returns when the state may be changed or donated, and the rest happens in the background.
+
+        A step that is saved already is left as it is.
+
+        Args:
+          state: tree of arrays, all finite (the caller's duty).
+          data_state: plain JSON; given back by `restore` as it is.
+          metrics: evaluation at this step, where there was one; "eval/loss" decides which checkpoints are best.
+
+        Raises:
+          UserError: this or the save before could not be written; older checkpoints are intact.
+        """
+        self.wait()
+        if any(checkpoint.step == step for checkpoint in self._orbax.checkpoints):
+            return
+        arrays = _by_path(state)
+        record = _make_record(step, arrays, data_state, metrics or {})
+        self._losses[step] = record["record"]["metrics"].get("eval/loss", math.inf)
+        self._saving = step
+        with self._named_errors():
+            self._orbax.save_checkpointables_async(step, {"state": _nested(arrays)}, custom_metadata=record, force=True)
+
+    def wait(self) -> None:
+        """Wait until the save in flight is on disk. Raises UserError where it could not be written."""
+        with self._named_errors():
+            self._orbax.wait()
+        self._saving = None
+
+    def close(self) -> None:
+        """Finish the save in flight and let the folder go. Safe to call twice."""
+        if self._lock is None:
+            return
+        try:
+            with self._named_errors():
+                self._orbax.close()
+        finally:
+            self._lock.release()
+            self._lock = None
+
+    def _named_errors(self) -> "_NamedErrors":
+        return _NamedErrors(self._folder, self._saving)
+
+    def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
+        """State and data state of one step, onto the mesh of `abstract_state` (ShapeDtypeStructs with shardings).
+
+        Raises:
+          UserError: there is no such step, or it has other keys, shapes or dtypes.
+          CorruptCheckpointError: it is damaged.
+        """
+        _check_there(self.workdir, step)
+        arrays, record, _ = _load_newest(self.workdir, [step], _by_path(abstract_state))
+        return _rebuild(abstract_state, arrays), record["data"]
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        """Rename a damaged checkpoint, so that training can pass and save its step again."""
+        path = self._folder / str(step)
+        aside = next(p for n in range(1000) if not (p := path.with_name(f"{step}.corrupt{n or ''}")).exists())
+        distributed.barrier(f"all have seen {path}")
+        if distributed.is_main():
+            path.rename(aside)
+        distributed.barrier(f"{path} is put aside")
+        self._losses.pop(step, None)
+        self._orbax.reload()
+        _warn(f"warning: the checkpoint {path} is damaged ({reason}); it is now {aside.name}")
+
+
+class _NamedErrors:
+    """Turns an error of a save, which may come up much later, into one that says which save and what to do."""
+
+    def __init__(self, folder: Path, step: int | None):
+        self.folder, self.step = folder, step
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, Exception):
+            raise UserError(
+                f"the checkpoint of step {self.step} could not be written to {self.folder} ({_root_cause(error)}); "
+                "older checkpoints are intact. Make room or mend the storage, and run the same command again"
+            ) from error
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Orbax's preservation policy: latest, best and every so often. Its own `BestN` counts NaN as best."""
+
+    cfg: CheckpointConfig
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        found = sorted(c.step for c in checkpoints)
+        ranked = sorted((self.losses.get(step, math.inf), step) for step in found)
+        keep = set(found[-self.cfg.keep_latest :])
+        keep |= {step for loss, step in ranked[: self.cfg.keep_best] if loss < math.inf}
+        keep |= {step for step in found if self.cfg.keep_every and step % self.cfg.keep_every == 0}
+        return [c.step in keep for c in checkpoints]
+
+
+# ---------------------------------------------------------------------------------------- where a run starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+      state: the whole training state.
+      data_state: of the data, or None to start at its first sample.
+      step: steps already done.
+      how: one sentence for the reader.
+    """
+
+    state: Tree
+    data_state: dict[str, Any] | None
+    step: int
+    how: str
+
+
+def start(cfg: CheckpointConfig, checkpointer: Checkpointer, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
+    """Own checkpoints, else `resume_from`, else `init_from`, else scratch.
+
+    Args:
+      abstract_state: the state as ShapeDtypeStructs with shardings; a dataclass with `params` and `ema`.
+      init: makes a fresh state.
+
+    Raises:
+      UserError: `resume` forbids what is there or demands what is not, or a checkpoint does not fit.
+      CorruptCheckpointError: there are checkpoints and none is intact. A run never starts over by itself.
+    """
+    workdir, own = checkpointer.workdir, checkpointer.steps()
+    aside = sorted(path.name for path in (workdir / "checkpoints").glob("*.corrupt*"))
+    if cfg.resume == "never" and (own or aside):
+        raise UserError(
+            f"checkpoint.resume='never', but {workdir} holds checkpoints ({_some([*map(str, own), *aside])}); choose "
+            "another work directory, remove that one, or set checkpoint.resume='auto' to go on"
+        )
+    if not own and aside:
+        raise CorruptCheckpointError(
+            f"the checkpoints in {workdir} are all damaged ({_some(aside)}). Restore them from a copy, or remove the "
+            "folder to start over"
+        )
+    if own:
+        return _whole_state(workdir, own, abstract_state, "goes on from", on_damage=checkpointer._put_aside)
+    if cfg.resume == "must":
+        raise UserError(
+            f"checkpoint.resume='must', but there are no checkpoints in {workdir}; check the path, or set "
+            "checkpoint.resume='auto' to start"
+        )
+    if cfg.resume_from:
+        _check_there(cfg.resume_from, None)
+        return _whole_state(cfg.resume_from, steps(cfg.resume_from), abstract_state, "begins with the whole state of")
+    if cfg.init_from:
+        return _parameters_only(cfg.init_from, abstract_state, init)
+    return Start(init(), None, 0, f"{workdir} begins from scratch")
+
+
+def _whole_state(
+    workdir: str | os.PathLike[str],
+    there: Sequence[int],
+    abstract_state: Tree,
+    words: str,
+    on_damage: Callable[[int, str], None] | None = None,
+) -> Start:
+    arrays, record, step = _load_newest(workdir, there[::-1], _by_path(abstract_state), on_damage=on_damage)
+    return Start(_rebuild(abstract_state, arrays), record["data"], step, f"{words} step {step} of {workdir}")
+
+
+def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
+    _check_there(workdir, None)
+    state = dataclasses.replace(init(), params=None)  # the fresh parameters go before the others come
+    params, step = restore_params(workdir, None, abstract_state.params)
+    state = dataclasses.replace(state, params=params)
+    if state.ema is not None:
+        copies = jax.tree.map(jnp.copy, params)
+        state = dataclasses.replace(
+            state, ema=jax.tree.map(lambda p, old: jax.device_put(p, old.sharding), copies, state.ema)
+        )
+    return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}")
