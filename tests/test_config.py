@@ -86,7 +86,8 @@ def test_later_overrides_win():
         ("data.mixture.wiki.wieght=1", ["data.mixture.NAME.weight"]),
         ("zzz=1", ["the keys and groups are name, seed, model"]),
         ("train.steps=abc", ["train.steps = 'abc'", "whole number"]),
-        ("train.steps=1.5", ["whole number"]),
+        ("train.steps=1.5", ["whole number", "1 or 2"]),
+        ("train.steps=1e999999999", ["64 bits"]),
         ("train.steps=true", ["whole number"]),
         ("train.steps=", ["whole number"]),
         ("train.steps=nan", ["whole number"]),
@@ -107,7 +108,9 @@ def test_later_overrides_win():
         ("data.mixture=3", ["data.mixture.NAME.path"]),
         ("data.mixture.a b.path=x", ["letters, digits"]),
         ("model.family=encoder", ["no such model family", "decoder"]),
-        ("train.steps", ["no value", "train.steps=VALUE"]),
+        ("train.steps", ["lacks its key or value", "train.steps=VALUE"]),
+        ("=3", ["lacks its key or value", "KEY=VALUE"]),
+        ("norms.x=3", ["norms.x = '3'", "no such key"]),
     ],
 )
 def test_bad_override_is_refused_in_words(override, words):
@@ -129,7 +132,10 @@ def test_mixture_entries_are_added_and_changed_by_override():
     [
         ({"train": {"steps": True}}, ["train.steps = True", "whole number"]),
         ({"train": {"steps": "10"}}, ["train.steps = '10'", "whole number"]),
-        ({"train": {"steps": 1.5}}, ["whole number"]),
+        ({"train": {"steps": 1.5}}, ["whole number", "1 or 2"]),
+        ({"train": {"steps": math.nan}}, ["whole number"]),
+        ({"train": {"steps": math.inf}}, ["64 bits"]),
+        ({"train": {"steps": 10**400}}, ["64 bits"]),
         ({"optim": {"learning_rate": "3e-4"}}, ["number is needed"]),
         ({"optim": {"learning_rate": True}}, ["number is needed"]),
         ({"optim": {"learning_rate": math.nan}}, ["NaN"]),

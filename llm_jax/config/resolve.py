@@ -140,6 +140,9 @@ def all_keys(base: Any = None, prefix: str = "") -> list[str]:
 
 
 def _unknown_key(key: str, value: Any) -> ConfigError:
+    while isinstance(value, Mapping) and len(value) == 1:  # down to the key that was typed
+        ((name, value),) = value.items()
+        key = f"{key}.{name}"
     keys = all_keys()
     for defaults in MODEL_FAMILIES.values():
         keys += [name for name in all_keys(defaults(), "model.") if name not in keys]
@@ -184,8 +187,8 @@ def _build_with(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
     for item in overrides:
         key, equals, value = item.partition("=")
         key = key.strip().removeprefix("config.")
-        if not equals:
-            raise ConfigError(f"{key}: this override has no value; write {key}=VALUE")
+        if not equals or not key:
+            raise ConfigError(f"{key or item}: this override lacks its key or value; write {key or 'KEY'}=VALUE")
         _set(raw, key.split("."), Text(value))
     return from_dict(raw)
 

@@ -59,18 +59,17 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def to_int(value: Any, key: str) -> int:
-    number = value
-    if isinstance(value, Text):
-        try:
-            number = Decimal(value.strip())
-            number = int(number) if number.is_finite() and number == int(number) else value
-        except InvalidOperation:
-            number = value
-    elif isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
-        number = int(value) if math.isfinite(value) and value == int(value) else value
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
-        raise refuse(key, value, "a whole number is needed", "write it as 1000 or 1e3")
-    return int(number)
+    try:
+        number = Decimal(value.strip()) if isinstance(value, Text) else value
+        if isinstance(number, bool) or not isinstance(number, (numbers.Real, Decimal)) or number != number:  # NaN
+            raise ValueError
+        if not -(2**63) < number < 2**63:
+            raise refuse(key, value, "this does not fit into 64 bits", "give a smaller number")
+        if number == int(number):
+            return int(number)
+    except (ValueError, InvalidOperation):
+        raise refuse(key, value, "a whole number is needed", "write it as 1000 or 1e3") from None
+    raise refuse(key, value, "a whole number is needed", f"give {math.floor(number)} or {math.ceil(number)}")
 
 
 def to_float(value: Any, key: str) -> float:
@@ -113,11 +112,11 @@ def to_texts(value: Any, key: str) -> tuple[str, ...]:
 def split_texts(text: str) -> list[str]:
     try:
         literal = ast.literal_eval(text)
-        items = [literal] if isinstance(literal, str) else list(literal)
-        if all(isinstance(item, str) for item in items):
-            return items
-    except (ValueError, SyntaxError, TypeError):
-        pass
+    except (ValueError, SyntaxError):
+        literal = None
+    items = [literal] if isinstance(literal, str) else literal
+    if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+        return list(items)
     inner = text[1:-1]  # brackets inside belong to a pattern such as (wq|wk)_[ab]
     if text[:1] + text[-1:] in ("()", "[]") and not any(bracket in inner for bracket in "()[]"):
         text = inner
