@@ -90,8 +90,21 @@ def parameter_table(count: int, tokens: int, flops: Flops) -> str:
     )
 
 
-def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str) -> str:
-    """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next."""
+YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
+
+
+def closing_block(
+    workdir: str, command: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str
+) -> str:
+    """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next.
+
+    Args:
+      workdir: the run's folder.
+      command: how the user calls us ("llm-jax").
+      history: all records of the run.
+      yardsticks: bits per byte of other models on the same held-out bytes, by their name in the store's manifest.
+      sample: text from the trained model; "" for none.
+    """
     parts = []
     if curve := metrics.plot(history):
         parts.append(curve)
@@ -100,14 +113,16 @@ def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dic
         line = f"held-out loss {last['eval/loss']:.4f} nats a token"
         if "eval/bits_per_byte" in last:
             line += f" = {last['eval/bits_per_byte']:.3f} bits per byte"
-            line += "".join(f"; {name} {bits:.3f}" for name, bits in yardsticks.items())
+            known = [f"{words} {yardsticks[name]:.3f}" for name, words in YARDSTICKS.items() if name in yardsticks]
+            if known:
+                line += f"; on the same bytes {', '.join(known)}"
         parts.append(line)
     if sample:
         parts.append(f"sampled text:\n{sample}")
     parts.append(
         f"The run is in {workdir}\n"
-        f"  resume    the same train command, with more steps: --config.train.steps=N\n"
-        f"  generate  llm-jax generate --workdir={workdir} --prompt=TEXT\n"
-        f"  evaluate  llm-jax evaluate --workdir={workdir}"
+        f"  resume    the same train command, longer: --config.train.steps=N\n"
+        f"  generate  {command} generate --workdir={workdir} --prompt='def '\n"
+        f"  evaluate  {command} evaluate --workdir={workdir}"
     )
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -206,7 +207,8 @@ def finish(cfg: Config, workdir: str, out: metrics.Metrics, stores: list[store.S
     out.close()
     if distributed.is_main():
         yardsticks = stores[0].manifest.get("yardsticks", {}) if len(stores) == 1 else {}
-        print(report.closing_block(workdir, history, yardsticks, sample), flush=True)
+        command = os.environ.get("LLM_JAX_COMMAND", "llm-jax")  # launch/local.sh says how it was called
+        print(report.closing_block(workdir, command, history, yardsticks, sample), flush=True)
 
 
 def describe(cfg: Config) -> str:
