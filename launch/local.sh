@@ -103,6 +103,7 @@ prepare() {
 }
 
 prepare
+export LLM_JAX_COMMAND=$0 # for the next commands that a run suggests
 case ${1:-} in
   test)
     shift
