@@ -80,7 +80,6 @@ REFUSED = [
     (["data.mixture_temperature=2"], ["data.mixture_temperature = 2.0"]),
     (["data.tokenizer=none", "model.vocab_size=99", "data.format=jsonl"], ["data.format = 'jsonl'", "nanogpt"]),
     (["data.tokenizer=none"], ["model.vocab_size = 0"]),
-    (["data.tokenizer_vocab_size=999"], ["data.tokenizer_vocab_size = 999", "data.tokenizer = bpe"]),
     (["data.long_documents=drop"], ["data.long_documents = 'drop'", "first_fit or best_fit"]),
     # the optimizer
     (["optim.warmup_steps=5", "optim.warmup_ratio=0.1"], ["optim.warmup_steps = 5", "warmup_ratio = 0.1"]),

@@ -282,3 +282,14 @@ def test_data_prepare_needs_no_length(stub):
     stub("llm_jax.data.store", prepare=calls.append)
     assert cli.main(["data", "prepare", "--config=quickstart", "--config.train.steps=0"]) == 0
     assert calls == [load("quickstart").data]
+
+
+def test_data_prepare_and_inspect_show_rows_of_a_text(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
+    options = ["--config=quickstart", "--config.data.path=text.txt", "--config.data.tokenizer=byte"]
+    options.append("--config.data.sequence_length=8")
+    result = llm_jax("data", "prepare", *options, cwd=tmp_path)
+    assert result.returncode == 0 and "train tokens" in result.stderr, result.stderr
+    result = llm_jax("data", "inspect", "--rows=2", *options, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "row 0: 8 tokens" in result.stdout and "row 1: 8 tokens" in result.stdout and "row 2" not in result.stdout

@@ -16,7 +16,8 @@ TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, n
 MESH_AXES = ("data", "fsdp", "tensor")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
-# A key that was changed but is read only when another has one of these values.
+# A key that was changed but is read only when another has one of these values: its author expects something of it.
+# Left out are keys that go with a choice one often overrides (as data.tokenizer_vocab_size with bpe).
 ONLY_WITH = (
     ("model.rope.factor", "model.rope.scaling", ("linear", "llama3", "yarn")),
     ("model.rope.original_length", "model.rope.scaling", ("llama3", "yarn")),
@@ -29,7 +30,6 @@ ONLY_WITH = (
     ("model.init_std", "model.init", ("normal",)),
     ("optim.decay_steps", "optim.schedule", ("cosine", "linear", "wsd")),
     ("optim.cooldown_ratio", "optim.schedule", ("wsd",)),
-    ("data.tokenizer_vocab_size", "data.tokenizer", ("bpe",)),
     ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
 )
 
@@ -393,7 +393,7 @@ def check_devices(cfg: Config, num_devices: int) -> None:
 
 
 def check_unread_keys(cfg: Config) -> None:
-    """Refuse a key that was changed though nothing reads it: its author expects something of it."""
+    """Refuse a key that was changed though nothing reads it."""
     values, defaults = to_dict(cfg), to_dict(type(cfg)(model=type(cfg.model)()))
     for key, other, needed in ONLY_WITH:
         value, condition = look_up(values, key), look_up(values, other)
