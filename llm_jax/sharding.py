@@ -82,7 +82,10 @@ class Layout:
     activation_rules: Rules = ACTIVATION_RULES
 
     def spec(self, axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
-        """The partition of an array with these logical axes (None: not split). Raises on a name without a rule."""
+        """The partition of an array with these logical axes (None: not split).
+
+        Raises ValueError on a name without a rule, ConfigError where the rules use a mesh axis twice.
+        """
         table = dict(rules)
         parts: list[tuple[str, ...]] = []
         for axis in axes:
@@ -95,7 +98,10 @@ class Layout:
             parts.append(table[axis] if axis is not None else ())
         used = [name for part in parts for name in part]
         if len(used) != len(set(used)):
-            raise ValueError(f"The axes {axes} would be split over {used}: a mesh axis can split only one of them.")
+            raise ConfigError(
+                f"The axes {axes} would be split over {used}: a mesh axis can split only one of them. Change "
+                "mesh.parameter_rules or mesh.optimizer_rules."
+            )
         return PartitionSpec(*(part or None for part in parts))
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
