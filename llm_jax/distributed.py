@@ -38,11 +38,13 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout: int = 300) -
 
     Raises:
       UserError: only some of our variables are set, or wrongly; a package that the launcher needs is missing; the
-        coordinator's port is taken.
+        coordinator's port is taken here.
     """
     arguments = find_processes(environ)
     if arguments is None:
         return
+    if arguments.get("process_id") == 0:
+        _check_port(arguments)
     others = (
         f"for the run's other processes at {arguments['coordinator_address']}"
         if "coordinator_address" in arguments
@@ -60,6 +62,19 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout: int = 300) -
 
 
 HINT = "check that all of them were started and that the coordinator's port is free there and reachable from here"
+
+
+def _check_port(arguments: Mapping[str, Any]) -> None:
+    """The library below may crash on a port that is taken, so it is tried first."""
+    dual = socket.has_dualstack_ipv6()
+    port = int(arguments["coordinator_address"].rpartition(":")[2])
+    try:
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise UserError(
+            f"{_who(arguments)} cannot serve port {port} of LLM_JAX_COORDINATOR ({error.strerror}); choose a free port"
+        ) from None
 
 
 def _give_up(sentence: str) -> None:
