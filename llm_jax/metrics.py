@@ -40,7 +40,7 @@ class Metrics:
       console: where lines and the progress bar go; stdout by default.
 
     Raises:
-      UserError: metrics.jsonl cannot be written, or a tracker's package is missing.
+      UserError: metrics.jsonl cannot be written, or a tracker cannot start (its package is missing, its server away).
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Metrics:
         try:
             self._writers["metrics.jsonl"] = JsonLines(self._path, restored_step)
             for tracker in trackers:
-                self._writers[tracker] = TRACKERS[tracker](run)
+                self._writers[tracker] = _started(tracker, run)
             self._writers["terminal"] = Terminal(total_steps, restored_step, console)
         except BaseException:
             self.close()
@@ -278,7 +278,7 @@ class TensorBoard:
     def __init__(self, run: RunInfo):
         writer = _imported("tensorboardX.event_file_writer", "tensorboardX", "tensorboard")
         events = importlib.import_module("tensorboardX.proto.event_pb2")
-        self._event, self._summary = events.Event, importlib.import_module("tensorboardX.summary")
+        self._event, self._summary = events.Event, importlib.import_module("tensorboardX.proto.summary_pb2").Summary
         folder = run.workdir / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         self._file = writer.EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
@@ -288,7 +288,7 @@ class TensorBoard:
 
     def write(self, step: int, values: Record) -> None:
         for name, value in values.items():
-            scalar = self._summary.scalar(name, value)
+            scalar = self._summary(value=[self._summary.Value(tag=name, simple_value=value)])
             self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
         self._file.flush()
 
@@ -334,6 +334,16 @@ class MLflow:
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def _started(tracker: str, run: RunInfo) -> Writer:
+    try:
+        return TRACKERS[tracker](run)
+    except UserError:
+        raise
+    except Exception as error:  # whatever its library raises: no account, no server, ...
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"log.trackers: {tracker} cannot start ({type(error).__name__}: {words})") from error
 
 
 def _imported(module: str, package: str, tracker: str) -> Any:

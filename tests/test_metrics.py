@@ -154,8 +154,8 @@ def events(folder):
 
 def test_tensorboard_event_files(tmp_path):
     with metrics.Metrics(tmp_path, ("tensorboard",), console=plain_console()) as writer:
-        writer.write(1, {"loss": 2.5, "eval/loss": 3.0})
-        assert events(tmp_path / "tensorboard") == [(0, "start", 0.0), (1, "loss", 2.5), (1, "eval/loss", 3.0)]
+        writer.write(1, {"loss": 2.5, "eval/loss": math.inf})
+        assert events(tmp_path / "tensorboard") == [(0, "start", 0.0), (1, "loss", 2.5), (1, "eval/loss", math.inf)]
     with metrics.Metrics(tmp_path, ("tensorboard",), restored_step=1, console=plain_console()) as writer:
         writer.write(2, {"loss": 2.0})
     assert events(tmp_path / "tensorboard")[-2:] == [(2, "start", 0.0), (2, "loss", 2.0)]
@@ -166,6 +166,18 @@ def test_a_missing_package_is_named_at_the_start(tmp_path, monkeypatch, tracker)
     monkeypatch.setitem(sys.modules, tracker, None)
     with pytest.raises(UserError, match=f"{tracker!r}.*pip install {tracker}"):
         metrics.Metrics(tmp_path, (tracker,), console=plain_console())
+
+
+def test_a_tracker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+    module = types.ModuleType("wandb")
+
+    def init(**_):
+        raise ConnectionError("no such server")
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(UserError, match=r"wandb cannot start \(ConnectionError: no such server\)"):
+        metrics.Metrics(tmp_path, ("tensorboard", "wandb"), console=plain_console())
 
 
 def fake_wandb(calls):
