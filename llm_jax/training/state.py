@@ -25,7 +25,7 @@ class TrainState:
       bad_total: steps skipped since the start.
       params: nested dict of arrays.
       opt_state: optax's state.
-      ema: running average of params, or None.
+      ema: running average of params, in at least float32 (in bfloat16 it would never move), or None.
     """
 
     step: jax.Array
@@ -39,9 +39,10 @@ class TrainState:
 
 def fresh(params: Any, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """The state before the first step, round given parameters."""
-    zero = jnp.zeros((), jnp.int32)
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(zero, zero, zero, zero, params, tx.init(params), average)
+    wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+    average = jax.tree.map(wide, params) if ema else None
+    counters = (jnp.zeros((), jnp.int32) for _ in range(4))  # each its own buffer, for all are donated
+    return TrainState(*counters, params, tx.init(params), average)
 
 
 def abstract(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:

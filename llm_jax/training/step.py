@@ -64,7 +64,7 @@ def gradients(
 
         # Sums are kept in float32 at least, whatever the parameters are in.
         wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
-        zeros = jax.tree.map(wide, params), {name: jnp.zeros((), weights[name].dtype) for name in coefficients}
+        zeros = jax.tree.map(wide, params), {name: jnp.zeros((), float) for name in coefficients}
         (grads, terms), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(accumulation)))
     return grads, terms, objective.weights(batch)["loss"]
 
@@ -125,7 +125,7 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             updates=state.updates + good,
-            bad_in_a_row=jnp.where(finite, 0, state.bad_in_a_row + 1),
+            bad_in_a_row=jnp.where(good, 0, state.bad_in_a_row + ~finite),
             bad_total=state.bad_total + ~finite,
             params=params,
             opt_state=opt_state,
