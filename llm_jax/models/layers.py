@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from llm_jax.config import DecoderConfig
-from llm_jax.precision import Precision, at_least_float32
+from llm_jax.kernels.elementwise import normalize
+from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
 
@@ -87,19 +88,15 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = at_least_float32(x)
-        if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        if self.use_scale:
-            y = y * self._vector("scale", nn.initializers.ones, x.shape[-1], y.ndim)
+        scale = self._vector("scale", nn.initializers.ones, x) if self.use_scale else None
+        y = normalize(x, scale, self.eps, self.kind == "layernorm")
         if self.use_bias:
-            y = y + self._vector("bias", nn.initializers.zeros, x.shape[-1], y.ndim)
-        return y.astype(x.dtype)
+            bias = self._vector("bias", nn.initializers.zeros, x)
+            y = y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+        return y
 
-    def _vector(self, name: str, init: nn.initializers.Initializer, size: int, ndim: int) -> jax.Array:
-        vector = self.param(name, named(init, "norm"), (size,), self.precision.params)
-        return at_least_float32(vector).reshape((1,) * (ndim - 1) + (size,))
+    def _vector(self, name: str, init: nn.initializers.Initializer, x: jax.Array) -> jax.Array:
+        return self.param(name, named(init, "norm"), (x.shape[-1],), self.precision.params)
 
 
 def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
+from llm_jax.kernels.elementwise import gelu
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.attention import Attention
 from llm_jax.models.layers import Dropout, Linear, block_norm, linear_init
@@ -36,8 +37,10 @@ class MLP(nn.Module):
             hidden = (jax.nn.silu(gate) if cfg.activation == "swiglu" else jax.nn.gelu(gate)) * up
         elif cfg.activation == "relu":
             hidden = jax.nn.relu(up)
+        elif cfg.activation == "gelu_tanh":
+            hidden = jax.nn.gelu(up)
         else:
-            hidden = jax.nn.gelu(up, approximate=cfg.activation == "gelu_tanh")
+            hidden = gelu(up)
         return Linear(
             cfg.embed_dim,
             ("mlp", "embed"),

@@ -23,6 +23,7 @@ class LanguageObjective:
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    segments: bool = True  # rows hold several documents; without, masks are plain causal ones
 
     def coefficients(self) -> dict[str, float]:
         return {"loss": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
@@ -34,9 +35,7 @@ class LanguageObjective:
 
     def sums(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Each term's sum over this batch, scalar."""
-        logits = model.apply(
-            params, batch["tokens"], batch["positions"], batch.get("segment_ids"), dropout_key=dropout_key
-        )
+        logits = self._logits(model, params, batch, dropout_key)
         loss, log_z = cross_entropy(logits, batch["targets"], self.label_smoothing)
         sums = {"loss": (loss * batch["loss_weights"]).sum()}
         if self.z_loss:
@@ -50,7 +49,7 @@ class LanguageObjective:
           Scalars: "nats", "tokens", "correct" (the likeliest token is the target) and, where the bytes that targets
           stand for are known, "bytes".
         """
-        logits = model.apply(params, batch["tokens"], batch["positions"], batch.get("segment_ids"))
+        logits = self._logits(model, params, batch)
         loss, _ = cross_entropy(logits, batch["targets"])
         weights = batch["loss_weights"]
         sums = {
@@ -61,3 +60,9 @@ class LanguageObjective:
         if "target_bytes" in batch:
             sums["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return sums
+
+    def _logits(
+        self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        segment_ids = batch["segment_ids"] if self.segments else None
+        return model.apply(params, batch["tokens"], batch["positions"], segment_ids, dropout_key=dropout_key)

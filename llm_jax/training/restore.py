@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llm_jax import config, sharding
+from llm_jax.backend import start_backend
 from llm_jax.config import Config
 from llm_jax.data import loader, store, tokenizers
 from llm_jax.generation.generate import Generator
@@ -40,6 +41,7 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
       UserError: the folder is no run, is damaged, or has no such checkpoint.
     """
     cfg = config.override(config.from_dict(run_folder.read(workdir).config), overrides)
+    start_backend(cfg)  # 64 bits, where the run has them
     layout = sharding.make_layout(cfg.mesh)
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
@@ -62,7 +64,7 @@ def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = (
     batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
     stores = store.prepare(cfg.data)
     batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
-    return {"step": run.step} | Evaluator(run.model, LanguageObjective(), batches)(run.params)
+    return {"step": run.step} | Evaluator(run.model, LanguageObjective(segments=cfg.data.mask_documents), batches)(run.params)
 
 
 def generate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import distributed, metrics, sharding
+from llm_jax import backend, distributed, metrics, sharding
 from llm_jax.config import Config, check_devices, check_vocab, to_dict
 from llm_jax.data import loader, store
 from llm_jax.errors import ConfigError, Preempted
@@ -56,7 +56,7 @@ def train(cfg: Config, workdir: str) -> None:
 
         model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
         shapes, axes = model.shapes(), model.axes()
-        objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing)
+        objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
         tx = optim.make(cfg.optim, steps, shapes, axes)
         abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
         evaluator = make_evaluator(cfg, stores, model, objective, layout)
@@ -184,7 +184,11 @@ def evaluate(
 
 def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
-    compiled = train_step.lower(state, batch).compile()
+    options = None
+    if jax.default_backend() == "cpu":
+        backend.keep_freed_memory()
+        options = backend.CPU_COMPILER_OPTIONS
+    compiled = train_step.lower(state, batch).compile(compiler_options=options)
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
