@@ -1,6 +1,6 @@
 """The configuration of a run: schema (all keys), resolve (files and overrides to dataclasses), checks (pairs)."""
 
-from llm_jax.config.checks import check, check_devices, check_vocab
+from llm_jax.config.checks import check, check_devices, check_vocab, run_steps
 from llm_jax.config.resolve import (
     config_names,
     differences,

@@ -131,6 +131,17 @@ def prepare(cfg: DataConfig, progress: Callable[[str], None] | None = None) -> l
     return stores
 
 
+def vocab_size(cfg: DataConfig) -> int:
+    """The vocabulary that `prepare` would give; only a character tokenizer needs the data to tell."""
+    if cfg.tokenizer == "byte":
+        return tokenizers.ByteTokenizer().vocab_size
+    if cfg.tokenizer == "bpe":
+        return cfg.tokenizer_vocab_size
+    if cfg.tokenizer in ("char", "none"):
+        return prepare(cfg)[0].tokenizer.vocab_size
+    return tokenizers.read(cfg.tokenizer).vocab_size
+
+
 def _jobs(cfg: DataConfig) -> list[Job]:
     sources = cfg.sources()
     powers = [source.weight ** (1 / cfg.mixture_temperature) for source in sources.values()]

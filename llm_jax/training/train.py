@@ -5,13 +5,14 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from typing import Any
 
 import jax
 
 from llm_jax import backend, distributed, metrics, sharding
-from llm_jax.config import Config, check_devices, check_vocab, to_dict
+from llm_jax.config import Config, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.data import loader, store
 from llm_jax.errors import ConfigError, Preempted
 from llm_jax.generation.generate import Generator
@@ -145,10 +146,7 @@ def with_vocabulary(cfg: Config, size: int) -> Config:
 
 def total_steps(cfg: Config, epoch_rows: int) -> int:
     """The run's length in steps, given in steps, tokens or epochs; a step begun is a whole one."""
-    if cfg.train.steps:
-        return cfg.train.steps
-    rows = cfg.train.tokens / cfg.data.sequence_length or cfg.train.epochs * epoch_rows
-    return max(math.ceil(rows / cfg.train.global_batch_size), 1)
+    return run_steps(cfg) or max(math.ceil(cfg.train.epochs * epoch_rows / cfg.train.global_batch_size), 1)
 
 
 def make_evaluator(
@@ -225,7 +223,7 @@ def describe(cfg: Config) -> str:
     cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes, axes = model.shapes(), model.axes()
-    tx = optim.make(cfg.optim, cfg.train.steps or 1, shapes, axes)
+    tx = optim.make(cfg.optim, run_steps(cfg) or sys.maxsize, shapes, axes)  # the data alone knows an epoch's length
     state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
     cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
     tokens = cfg.train.global_batch_size * cfg.data.sequence_length
