@@ -140,7 +140,9 @@ def test_whole_documents_share_rows():
 def test_a_split_document_goes_on_in_the_next_row():
     rows = planned(split_of(range(10, 18)), 4)
     assert_row(rows[0], tokens=[10, 11, 12, 13], targets=[11, 12, 13, 14])
-    assert_row(rows[1], tokens=[14, 15, 16, 0], targets=[15, 16, 17, 0], positions=[0, 1, 2, 0], segment_ids=[1, 1, 1, 0])
+    assert_row(
+        rows[1], tokens=[14, 15, 16, 0], targets=[15, 16, 17, 0], positions=[0, 1, 2, 0], segment_ids=[1, 1, 1, 0]
+    )
 
 
 # --------------------------------------------------------------------------------------------- what must hold

@@ -1,5 +1,6 @@
 """First-fit and best-fit plans: which documents share a row, and the files that keep it."""
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,8 @@ def test_long_documents_can_be_dropped():
 
 
 def test_long_documents_can_be_refused_by_number():
-    with pytest.raises(DataError, match=r"Document 1 .* has 12 tokens, more than the 6 .* as have 1 others"):
-        cut_documents(offsets_of(3, 12, 4, 7), 5, "error")
+    with pytest.raises(DataError, match=r"Document 1 .* 'books' has 12 tokens, more than the 6 .* as have 1 others"):
+        cut_documents(offsets_of(3, 12, 4, 7), 5, "error", "books")
 
 
 def test_documents_without_a_target_are_left_out():
@@ -86,17 +87,18 @@ def test_documents_without_a_target_are_left_out():
 
 
 def test_nothing_to_pack():
-    with pytest.raises(DataError, match="No document of 3 .* 1 have fewer than two tokens, 2 more than 6"):
+    with pytest.raises(DataError, match="No document of 3 in .* 1 have fewer than two tokens, 2 more than 6"):
         make_plan(offsets_of(1, 20, 30), 5, "best_fit", "drop")
 
 
 # --------------------------------------------------------------------------------------------------- files
 
 
-def open_plan(folder, offsets=None, fingerprint="f" * 32, lines=None, **changes):
+def open_plan(folder, sizes=(4, 5, 3, 2), fingerprint="f" * 32, lines=None, **changes):
+    split = types.SimpleNamespace(offsets=offsets_of(*sizes), fingerprint=fingerprint)
     arguments = {"length": 5, "algorithm": "first_fit", "long_documents": "split"} | changes
-    offsets = offsets_of(4, 5, 3, 2) if offsets is None else offsets
-    return plan_rows(str(folder), "train", offsets, fingerprint, **arguments, progress=(lines or []).append)
+    lines = [] if lines is None else lines
+    return plan_rows(str(folder), "books", split, **arguments, progress=lines.append)
 
 
 def plan_folder(folder) -> Path:
@@ -107,16 +109,17 @@ def plan_folder(folder) -> Path:
 def test_a_plan_is_made_once_and_mapped(tmp_path, monkeypatch):
     first, lines = open_plan(tmp_path), []
     monkeypatch.setattr(plans, "make_plan", None)
-    again = plan_rows(str(tmp_path), "train", None, "f" * 32, 5, "first_fit", "split", lines.append)
+    again = open_plan(tmp_path, lines=lines)
     assert pieces(again) == pieces(first) and again.counts == first.counts and not lines
     assert isinstance(again.starts, np.memmap)
 
 
 def test_making_a_plan_tells_how_full_the_rows_are(tmp_path):
     lines = []
-    plan_rows(str(tmp_path), "train", offsets_of(4, 5, 3, 9, 1), "f", 5, "best_fit", "split", lines.append)
+    open_plan(tmp_path, (4, 5, 3, 9, 1), algorithm="best_fit", lines=lines)
     assert lines[0].startswith(
-        "packed 5 documents into 4 rows of 5, 85.0% full, 1 documents longer than a row split, 1 of a single token left out"
+        "books: packed 5 documents into 4 rows of 5, 85.0% full, 1 documents longer than a row split, "
+        "1 of a single token left out; kept in "
     )
 
 

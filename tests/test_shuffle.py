@@ -52,7 +52,13 @@ def test_huge_sizes_take_no_memory():
 
 
 def test_keys_differ_by_seed_and_by_every_name():
-    keys = [stream_key(0, "a", 1), stream_key(1, "a", 1), stream_key(0, "b", 1), stream_key(0, "a", 2), stream_key(0, "a")]
+    keys = [
+        stream_key(0, "a", 1),
+        stream_key(1, "a", 1),
+        stream_key(0, "b", 1),
+        stream_key(0, "a", 2),
+        stream_key(0, "a"),
+    ]
     assert len({tuple(key.tolist()) for key in keys}) == len(keys)
 
 

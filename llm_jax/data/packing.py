@@ -11,10 +11,10 @@ A row is a dict of arrays of shape (T,), a batch of rows of shape (rows, T); T i
 
 Padding is 0 in every feature. Without data.mask_documents all that is not padding is segment 1.
 
-    concat      row r covers tokens [r * T, r * T + T]: every token but the very first is a target exactly once. The input
-                that precedes another document's first token has weight 0 under data.mask_documents; so a document's own
-                end token is a target, and a begin token never is. A document continued from the row before starts at
-                position 0 again, since nothing of it can be seen from here.
+    concat      row r covers tokens [r * T, r * T + T]: every token but the very first is a target exactly once. The
+                input that precedes another document's first token has weight 0 under data.mask_documents; so a
+                document's own end token is a target, and a begin token never is. A document continued from the row
+                before starts at position 0 again, since nothing of it can be seen from here.
     crops       row i starts at a random token, with replacement, as nanoGPT draws its batches.
     first_fit,  whole documents share a row (plans.py). Each brings all its targets and nothing that precedes another
     best_fit    document.
@@ -215,17 +215,16 @@ def training_rows(
     if cfg.packing in ("first_fit", "best_fit"):
         if not cfg.mask_documents:
             raise ConfigError(
-                f"data.mask_documents=False: data.packing={cfg.packing!r} packs documents whole to keep them apart, and "
-                "leaves no input that precedes another document; set data.packing='concat', or data.mask_documents=True."
+                f"data.mask_documents=False: data.packing={cfg.packing!r} packs documents whole to keep them apart "
+                "and has no input that precedes another document; set data.packing='concat', or data.mask_documents "
+                "to True."
             )
-        plan = plan_rows(
-            folder, "train", split.offsets, split.fingerprint, length, cfg.packing, cfg.long_documents, progress
-        )
+        plan = plan_rows(folder, name, split, length, cfg.packing, cfg.long_documents, progress)
         return PlannedRows(split, length, plan, token_bytes)
     if tokens < length + 1:
         raise DataError(
-            f"The training split of data source {name!r} has {tokens:,} tokens, and one row of data.sequence_length={length} "
-            f"needs {length + 1:,}: give more data, or lower data.sequence_length."
+            f"The training split of data source {name!r} has {tokens:,} tokens, and one row of "
+            f"data.sequence_length={length} needs {length + 1:,}: give more data, or lower data.sequence_length."
         )
     if cfg.packing == "crops":
         return CropRows(split, length, cfg.mask_documents, token_bytes, seed, name)

@@ -15,6 +15,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ _CHUNK = 1 << 16  # pieces between signs of life
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The pieces of row r are numbers rows[r] to rows[r + 1]; piece p fills lengths[p] positions from tokens[starts[p]]."""
+    """Row r has the pieces rows[r] to rows[r + 1]; piece p fills lengths[p] positions, from tokens[starts[p]] on."""
 
     starts: np.ndarray  # (pieces,) int64
     lengths: np.ndarray  # (pieces,) int32
@@ -41,21 +42,19 @@ class Plan:
 
 def plan_rows(
     folder: str,
-    split: str,
-    offsets: np.ndarray,
-    fingerprint: str,
+    name: str,
+    split: Any,
     length: int,
     algorithm: str,
     long_documents: str,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """The plan in `folder`, a store's; made there if it is not yet there.
+    """The plan of a training split, from `folder`; made there if it is not yet there.
 
     Args:
       folder: of the store.
-      split: "train" or "validation", for names and messages.
-      offsets: (documents + 1,) int64 starts of the documents.
-      fingerprint: of the split's tokens and offsets.
+      name: of the data source, for messages.
+      split: has `offsets`, (documents + 1,) int64 starts of the documents, and the `fingerprint` of its content.
       length: positions of a row.
       algorithm: "first_fit" or "best_fit".
       long_documents: what to do with documents of more than length + 1 tokens: "split", "drop" or "error".
@@ -64,19 +63,19 @@ def plan_rows(
     Raises:
       DataError: a document is too long and long_documents is "error"; no document has a target; a damaged file.
     """
-    facts = {"version": VERSION, "split": split, "fingerprint": fingerprint}
+    facts = {"version": VERSION, "fingerprint": split.fingerprint}
     facts |= {"length": length, "algorithm": algorithm, "long_documents": long_documents}
     plans = os.path.join(folder, "plans")
-    path = os.path.join(plans, f"{split}-{algorithm}-{length}-{long_documents}-v{VERSION}-{fingerprint[:16]}")
+    path = os.path.join(plans, f"{algorithm}-{length}-{long_documents}-v{VERSION}-{split.fingerprint[:16]}")
     if not os.path.isdir(path):
         talk = Progress(progress)
         try:
             os.makedirs(plans, exist_ok=True)
             with locked(path + ".lock", talk.note):
                 if not os.path.isdir(path):  # nor made by the process that was waited for
-                    plan = make_plan(offsets, length, algorithm, long_documents, talk)
+                    plan = make_plan(split.offsets, length, algorithm, long_documents, name, talk)
                     _save(path, facts, plan)
-                    talk.note(f"{_summary(plan, length, long_documents)}; kept in {path}")
+                    talk.note(f"{name}: {_summary(plan, length, long_documents)}; kept in {path}")
         except OSError as error:
             raise DataError(
                 f"The packing plan cannot be written to {path} ({error.strerror}): make room or give access there, or "
@@ -86,17 +85,22 @@ def plan_rows(
 
 
 def make_plan(
-    offsets: np.ndarray, length: int, algorithm: str, long_documents: str, progress: Progress | None = None
+    offsets: np.ndarray,
+    length: int,
+    algorithm: str,
+    long_documents: str,
+    name: str = "",
+    progress: Progress | None = None,
 ) -> Plan:
-    starts, lengths, counts = cut_documents(offsets, length, long_documents)
+    starts, lengths, counts = cut_documents(offsets, length, long_documents, name)
     if not len(starts):
         raise DataError(
-            f"No document of {len(offsets) - 1:,} can be packed into rows of data.sequence_length={length}: "
-            f"{counts['too_short']:,} have fewer than two tokens, {counts['too_long']:,} more than {length + 1:,} "
+            f"No document of {len(offsets) - 1:,} in data source {name!r} can be packed into rows of "
+            f"data.sequence_length={length}: {counts['too_short']:,} have fewer than two tokens, {counts['too_long']:,} more than {length + 1:,} "
             f"(data.long_documents={long_documents}). Raise data.sequence_length, or set data.long_documents=split."
         )
     pack = {"first_fit": first_fit, "best_fit": best_fit}[algorithm]
-    with (progress or Progress(lambda line: None)).counting(f"packing, {algorithm}", 4 * len(lengths)) as advance:
+    with (progress or Progress(lambda line: None)).counting(f"{name}: packing", 4 * len(lengths)) as advance:
         row_of = pack(lengths, length, lambda pieces: advance(4 * pieces, pieces))
     row_of = _in_order_of_appearance(row_of)
     order = np.argsort(row_of, kind="stable")
@@ -104,7 +108,9 @@ def make_plan(
     return Plan(starts[order], lengths[order].astype(np.int32), rows, counts | {"positions": int(lengths.sum())})
 
 
-def cut_documents(offsets: np.ndarray, length: int, long_documents: str) -> tuple[np.ndarray, np.ndarray, dict]:
+def cut_documents(
+    offsets: np.ndarray, length: int, long_documents: str, name: str = ""
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Pieces of at most `length` positions, in the order of the documents.
 
     The parts of a split document overlap by one token, the last target of one being the first input of the next, so
@@ -123,9 +129,9 @@ def cut_documents(offsets: np.ndarray, length: int, long_documents: str) -> tupl
     if long_documents == "error" and counts["too_long"]:
         first = int(np.argmax(too_long))
         raise DataError(
-            f"Document {first} (counted from 0) has {positions[first] + 1:,} tokens, more than the {length + 1:,} that fit "
-            f"into a row of data.sequence_length={length}, as have {counts['too_long'] - 1:,} others: raise "
-            "data.sequence_length, or set data.long_documents to split or drop."
+            f"Document {first} (counted from 0) of data source {name!r} has {positions[first] + 1:,} tokens, more than "
+            f"the {length + 1:,} that fit into a row of data.sequence_length={length}, as have {counts['too_long'] - 1:,} "
+            "others: raise data.sequence_length, or set data.long_documents to split or drop."
         )
     kept = np.flatnonzero((positions > 0) & ~(too_long & (long_documents == "drop")))
     parts = -(-positions[kept] // length)
@@ -155,7 +161,7 @@ def first_fit(sizes: np.ndarray, capacity: int, advance: Callable[[int], None] =
 
 
 def best_fit(sizes: np.ndarray, capacity: int, advance: Callable[[int], None] = lambda pieces: None) -> np.ndarray:
-    """(pieces,) int64 row of each piece: longest piece first, each into the fullest row with room (best-fit decreasing).
+    """(pieces,) int64 row of each piece: the longest first, each into the fullest row with room (best-fit decreasing).
 
     Rows wait in a list for each number of free positions; the bits of one integer tell which lists are not empty.
     """
@@ -191,7 +197,7 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _in_order_of_appearance(row_of: np.ndarray) -> np.ndarray:
-    """Rows numbered by their first piece: unshuffled rows then follow the documents, and neighbours lie close on disk."""
+    """Rows numbered by their first piece: unshuffled, they follow the documents, and read the disk in order."""
     _, first = np.unique(row_of, return_index=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -239,7 +245,9 @@ def _open(path: str, facts: dict) -> Plan:
         sound = checksums == found["crc32"] and all(found[name] == fact for name, fact in facts.items())
         counts = found["counts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"The packing plan {path} cannot be read ({error}): delete it, and it is made again.") from error
+        raise DataError(
+            f"The packing plan {path} cannot be read ({error}): delete it, and it is made again."
+        ) from error
     if not sound:
         raise DataError(f"The packing plan {path} is damaged: delete it, and it is made again.")
     return Plan(**arrays, counts=counts)
