@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -347,21 +348,26 @@ def test_an_exception_right_after_a_save_loses_nothing(tmp_path):
     assert start(tmp_path).step == 5
 
 
-def test_a_save_that_fails_is_loud_and_the_older_one_intact(tmp_path, monkeypatch):
-    save_all(tmp_path, [1])
-    checkpointer = Checkpointer(tmp_path, SMALL)
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpointer._orbax, "save_checkpointables_async", full)
-    with pytest.raises(UserError, match="step 2 could not be written.*No space left.*older checkpoints are intact"):
-        checkpointer.save(2, make_state(2), {})
-    monkeypatch.undo()
-    checkpointer.save(3, make_state(3), {"samples": 30})  # the next one works
-    checkpointer.close()
-    checkpointer.close()
-    assert checkpoint.steps(tmp_path) == [1, 3]
+def test_a_save_that_fails_is_loud_and_the_older_one_intact(tmp_path):
+    """A disk that fills up while the arrays are written, in the background."""
+    large = dataclasses.replace(make_state(2), ema=jnp.asarray(np.random.default_rng(0).normal(size=500_000)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(tmp_path, SMALL) as checkpointer:
+        checkpointer.save(1, make_state(1), {"samples": 10})
+        checkpointer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            checkpointer.save(2, large, {})
+            with pytest.raises(UserError, match="step 2 could not be written.*File too large.*older.* are intact"):
+                checkpointer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert checkpointer.steps() == [1]
+        for step in (2, 3):  # the next ones work
+            checkpointer.save(step, make_state(step), {"samples": step * 10})
+        checkpointer.close()
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert_equal(start(tmp_path).state, make_state(3))
 
 
 CHILD = """

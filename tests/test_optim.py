@@ -419,6 +419,15 @@ def test_bfloat16_parameters_have_float32_state(name):
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(optax.apply_updates(params, updates)))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_float64_stays_float64(name, x64):
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), PARAMS)
+    tx = optim.make(OptimConfig(name=name), 10, shapes_of(params), AXES)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(updates))
+    assert all(x.dtype != jnp.float32 for x in jax.tree.leaves(state) if x.ndim > 1)
+
+
 def test_the_schedule_counts_only_updates_whose_state_is_kept():
     cfg = OptimConfig(**PLAIN | dict(name="sgd", beta1=0.0, learning_rate=1.0, warmup_steps=4, warmup_form="(i+1)/w"))
     params, gradients = {"w": np.zeros(1, np.float32)}, {"w": np.ones(1, np.float32)}

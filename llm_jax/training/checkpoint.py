@@ -234,7 +234,8 @@ def _reraise_if_environment(error: BaseException) -> None:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words if len(words) < 320 else f'{words[:100]} ... {words[-200:]}'}"
 
 
 def _rebuild(abstract: Tree, arrays: Arrays) -> Tree:
