@@ -96,8 +96,9 @@ def make_plan(
     if not len(starts):
         raise DataError(
             f"No document of {len(offsets) - 1:,} in data source {name!r} can be packed into rows of "
-            f"data.sequence_length={length}: {counts['too_short']:,} have fewer than two tokens, {counts['too_long']:,} "
-            f"more than {length + 1:,} (data.long_documents={long_documents}). Raise data.sequence_length, or set data.long_documents=split."
+            f"data.sequence_length={length}: {counts['too_short']:,} have fewer than two tokens, "
+            f"{counts['too_long']:,} more than {length + 1:,} (data.long_documents={long_documents}). Raise "
+            "data.sequence_length, or set data.long_documents=split."
         )
     pack = {"first_fit": first_fit, "best_fit": best_fit}[algorithm]
     with (progress or Progress(lambda line: None)).counting(f"{name}: packing", 4 * len(lengths)) as advance:
@@ -131,7 +132,8 @@ def cut_documents(
         raise DataError(
             f"Document {first} (counted from 0) of data source {name!r} has {positions[first] + 1:,} tokens, more than "
             f"the {length + 1:,} that fit into a row of data.sequence_length={length}, as have "
-            f"{counts['too_long'] - 1:,} others: raise data.sequence_length, or set data.long_documents to split or drop."
+            f"{counts['too_long'] - 1:,} others: raise data.sequence_length, or set data.long_documents to split or "
+            "drop."
         )
     kept = np.flatnonzero((positions > 0) & ~(too_long & (long_documents == "drop")))
     parts = -(-positions[kept] // length)
