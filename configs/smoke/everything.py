@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                 sequence_length=64,
                 packing="best_fit",
             ),
-            train=dict(steps=20, global_batch_size=8, accumulation=2, z_loss=1e-4, label_smoothing=0.1, ema_decay=0.9),
+            train=dict(steps=20, global_batch_size=16, accumulation=2, z_loss=1e-4, label_smoothing=0.1, ema_decay=0.9),
             optim=dict(name="muon", learning_rate=3e-3, schedule="wsd", warmup_steps=4, cooldown_ratio=0.5),
             checkpoint=dict(every=5),
             eval=dict(every=10, batches=2),

@@ -2,31 +2,45 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 
+from llm_jax.config import Config
+from llm_jax.data import loader
+from llm_jax.data.store import Store
+from llm_jax.errors import ConfigError
 from llm_jax.models.registry import Model
 from llm_jax.objectives.language import Batch, LanguageObjective
+from llm_jax.sharding import Layout
+
+
+class Batches(Protocol):
+    """What the evaluator needs of `loader.EvalSet`."""
+
+    def at(self, call: int) -> Iterator[Batch]: ...
 
 
 class Evaluator:
-    """Evaluates parameters over the same batches each time; compiled once."""
+    """Evaluates parameters over a fixed set of batches, or over crops drawn for each step; compiled once."""
 
-    def __init__(self, model: Model, objective: LanguageObjective, batches: Iterable[Batch]):
+    def __init__(self, model: Model, objective: LanguageObjective, batches: Batches):
         self.batches = batches
         self._sums = jax.jit(lambda params, batch: objective.evaluation(model, params, batch))
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, step: int) -> dict[str, float]:
         """Means over the whole set: sums are added up over all batches in float64 before anything is divided.
+
+        Args:
+          step: of the parameters; random crops follow from it alone, so that they are the same after a restart.
 
         Returns:
           "eval/loss" (nats a token), "eval/accuracy", "eval/tokens" and, where the tokenizer knows the bytes that each
           token stands for, "eval/bits_per_byte", which compares across tokenizers.
         """
         totals: dict[str, float] = defaultdict(float)
-        for sums in [self._sums(params, batch) for batch in self.batches]:
+        for sums in [self._sums(params, batch) for batch in self.batches.at(step)]:
             for name, value in sums.items():
                 totals[name] += float(value)
         tokens = max(totals["tokens"], 1e-9)
@@ -38,3 +52,21 @@ class Evaluator:
         if totals.get("bytes"):
             results["eval/bits_per_byte"] = totals["nats"] / math.log(2) / totals["bytes"]
         return results
+
+
+def make_evaluator(
+    cfg: Config, stores: Sequence[Store], model: Model, objective: LanguageObjective, layout: Layout
+) -> Evaluator:
+    """The evaluation that `cfg.eval` describes, over the validation split of the stores.
+
+    Raises:
+      UserError: there is no validation split, or the batch does not divide over the mesh.
+    """
+    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
+    if batch_size % layout.batch_shards:
+        raise ConfigError(
+            f"eval.batch_size={batch_size} does not divide over the {layout.batch_shards} parts of the mesh that "
+            f"share the batch; use a multiple of {layout.batch_shards}."
+        )
+    batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
+    return Evaluator(model, objective, batches)

@@ -13,15 +13,15 @@ from llm_jax.models.flops import Flops
 
 
 class StepReport:
-    """Turns the device's metrics of each step into a record every `every` steps.
+    """Turns the device's metrics of each step into a record every `every` steps, and one of the last.
 
     `add` is given the metrics of the step just dispatched and reads those of the step before: by then they are ready,
     so the device never waits for the host.
     """
 
-    def __init__(self, out: metrics.Metrics, data: Any, flops: Flops, *, every: int, max_bad_steps: int):
+    def __init__(self, out: metrics.Metrics, data: Any, flops: Flops, *, every: int, last: int, max_bad_steps: int):
         self.out, self.data, self.flops = out, data, flops
-        self.every, self.max_bad_steps = every, max_bad_steps
+        self.every, self.last, self.max_bad_steps = every, last, max_bad_steps
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._restart_clock()
 
@@ -45,7 +45,7 @@ class StepReport:
         self._steps += 1
         if values["bad_in_a_row"]:
             self.out.say(f"step {step}: loss or gradient is not finite; the step was skipped, nothing was changed")
-        if step % self.every == 0 or values["bad_in_a_row"] >= self.max_bad_steps:
+        if step % self.every == 0 or step == self.last or values["bad_in_a_row"] >= self.max_bad_steps:
             self.out.write(step, values | self._rates(values))
             self._restart_clock()
         if values["bad_in_a_row"] >= self.max_bad_steps:

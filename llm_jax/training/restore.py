@@ -1,6 +1,7 @@
 """A trained model from its run folder, and the commands that use one: evaluate and generate."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ import jax
 from llm_jax import config, sharding
 from llm_jax.backend import start_backend
 from llm_jax.config import Config
-from llm_jax.data import loader, store, tokenizers
+from llm_jax.config.checks import check_tensor_axis, mesh_sizes
+from llm_jax.data import store, tokenizers
+from llm_jax.errors import ConfigError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.training import checkpoint, run_folder
-from llm_jax.training.evaluate import Evaluator
+from llm_jax.training.evaluate import make_evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     """
     cfg = config.override(config.from_dict(run_folder.read(workdir).config), overrides)
     start_backend(cfg)  # 64 bits, where the run has them
+    cfg = fitted(cfg, fixed=any(item.startswith("mesh.") for item in overrides))
     layout = sharding.make_layout(cfg.mesh)
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
@@ -52,19 +56,31 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
 
 
+def fitted(cfg: Config, *, fixed: bool) -> Config:
+    """`cfg` with a mesh that fits the devices here: its own, or, unless `fixed`, all of them on the axis fsdp."""
+    try:
+        if (tensor := mesh_sizes(cfg.mesh, jax.device_count())["tensor"]) > 1:
+            check_tensor_axis(cfg.model, tensor)
+        return cfg
+    except ConfigError as error:
+        if fixed:
+            raise
+        mesh = dataclasses.replace(cfg.mesh, data=1, fsdp=-1, tensor=1)
+        print(f"note: the run's mesh does not fit here ({error}); using mesh.fsdp=-1", file=sys.stderr)
+        return dataclasses.replace(cfg, mesh=mesh)
+
+
 def default_prompt(cfg: Config) -> str:
     """What an empty prompt stands for."""
     return "\n"
 
 
 def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """`llm-jax evaluate`: the whole validation split, or what `eval.*` overrides say."""
+    """`llm-jax evaluate`: the evaluation that the run itself makes at this step, or what `eval.*` overrides say."""
     run = restore(workdir, step, overrides)
-    cfg, layout = run.cfg, run.model.module.layout
-    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
-    stores = store.prepare(cfg.data)
-    batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
-    return {"step": run.step} | Evaluator(run.model, LanguageObjective(segments=cfg.data.mask_documents), batches)(run.params)
+    objective = LanguageObjective(segments=run.cfg.data.mask_documents)
+    evaluator = make_evaluator(run.cfg, store.prepare(run.cfg.data), run.model, objective, run.model.module.layout)
+    return {"step": run.step} | evaluator(run.params, run.step)
 
 
 def generate(

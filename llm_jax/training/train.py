@@ -12,17 +12,16 @@ from typing import Any
 import jax
 
 from llm_jax import backend, distributed, metrics, sharding
-from llm_jax.config import Config, check_devices, check_vocab, run_steps, to_dict
+from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.data import loader, store
-from llm_jax.errors import ConfigError, Preempted
+from llm_jax.errors import Preempted
 from llm_jax.generation.generate import Generator
 from llm_jax.models import flops, registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
-from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, report, run_folder
 from llm_jax.training import state as train_state
-from llm_jax.training.evaluate import Evaluator
+from llm_jax.training.evaluate import Evaluator, make_evaluator
 from llm_jax.training.restore import default_prompt
 from llm_jax.training.step import make_train_step
 
@@ -41,7 +40,6 @@ def train(cfg: Config, workdir: str) -> None:
     """
     distributed.initialize()
     with contextlib.ExitStack() as stack:
-        preemption = stack.enter_context(distributed.Preemption())
         watchdog = stack.enter_context(distributed.Watchdog())
         check_devices(cfg, jax.device_count())
         layout = sharding.make_layout(cfg.mesh)
@@ -60,7 +58,7 @@ def train(cfg: Config, workdir: str) -> None:
         objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
         tx = optim.make(cfg.optim, steps, shapes, axes)
         abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
-        evaluator = make_evaluator(cfg, stores, model, objective, layout)
+        evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
 
         distributed.assert_same_everywhere("the config", json.dumps(to_dict(cfg), sort_keys=True))
         checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
@@ -90,7 +88,7 @@ def train(cfg: Config, workdir: str) -> None:
         out.say(report.parameter_table(registry.count_parameters(shapes), tokens, cost))
 
         step_report = report.StepReport(
-            out, data, cost, every=cfg.log.every, max_bad_steps=cfg.train.max_bad_steps
+            out, data, cost, every=cfg.log.every, last=steps, max_bad_steps=cfg.train.max_bad_steps
         )
         train_step = make_train_step(
             model,
@@ -103,13 +101,15 @@ def train(cfg: Config, workdir: str) -> None:
             accumulation=cfg.train.accumulation,
             ema_decay=cfg.train.ema_decay,
         )
+        profiler = stack.enter_context(Profiler(cfg.log, f"{workdir}/profile"))
+        preemption = stack.enter_context(distributed.Preemption())  # before this, a signal ends the process at once
         compiled, evaluation = None, {}
         for i in range(start.step, steps):
             batch = next(data)  # drawn after the save of the step before, so that a save never holds a drawn batch
             if compiled is None:
                 compiled = compile_step(train_step, state, batch, out)
                 step_report.pause()
-            profile(cfg, i, workdir)
+            profiler.before(i)
             state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
             step_report.add(i + 1, values)
             watchdog.progress()
@@ -149,20 +149,8 @@ def total_steps(cfg: Config, epoch_rows: int) -> int:
     return run_steps(cfg) or max(math.ceil(cfg.train.epochs * epoch_rows / cfg.train.global_batch_size), 1)
 
 
-def make_evaluator(
-    cfg: Config, stores: list[store.Store], model: registry.Model, objective: LanguageObjective, layout: Layout
-) -> Evaluator | None:
-    """The fixed evaluation, or None where the data has no validation split."""
-    if not cfg.data.validation_fraction and not any(s.validation_path for s in cfg.data.sources().values()):
-        return None
-    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
-    if batch_size % layout.batch_shards:
-        raise ConfigError(
-            f"eval.batch_size={batch_size} does not divide over the {layout.batch_shards} parts of the mesh that "
-            f"share the batch; use a multiple of {layout.batch_shards}."
-        )
-    batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
-    return Evaluator(model, objective, batches)
+def has_validation(cfg: Config) -> bool:
+    return bool(cfg.data.validation_fraction) or any(s.validation_path for s in cfg.data.sources().values())
 
 
 def evaluated(state: train_state.TrainState) -> Any:
@@ -175,7 +163,7 @@ def evaluate(
 ) -> dict[str, float]:
     if evaluator is None:
         return {}
-    results = evaluator(evaluated(state))
+    results = evaluator(evaluated(state), step)
     out.write(step, results)
     return results
 
@@ -191,12 +179,31 @@ def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out
     return compiled
 
 
-def profile(cfg: Config, i: int, workdir: str) -> None:
-    """Record a profiler trace of the steps that the config names, for TensorBoard or XProf."""
-    if cfg.log.profile_steps and i == cfg.log.profile_start:
-        jax.profiler.start_trace(f"{workdir}/profile")
-    if cfg.log.profile_steps and i == cfg.log.profile_start + cfg.log.profile_steps:
-        jax.profiler.stop_trace()
+class Profiler:
+    """Records a trace of the steps that the config names, for TensorBoard or XProf; a context manager."""
+
+    def __init__(self, cfg: LogConfig, folder: str):
+        self._steps = range(cfg.profile_start, cfg.profile_start + cfg.profile_steps)
+        self._folder, self._tracing = folder, False
+
+    def before(self, i: int) -> None:
+        """Call before step i; a run that goes on inside the window traces the rest of it."""
+        if i in self._steps and not self._tracing:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif i not in self._steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
 
 
 def finish(cfg: Config, workdir: str, out: metrics.Metrics, stores: list[store.Store], generator: Generator) -> None:
