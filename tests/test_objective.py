@@ -75,7 +75,7 @@ MODEL = SimpleNamespace(apply=lambda params, *args, dropout_key=None: params)  #
 
 def batch(weights=WEIGHTS):
     zeros = np.zeros_like(TARGETS)
-    return {"tokens": zeros, "positions": zeros, "targets": TARGETS, "loss_weights": weights}
+    return {"tokens": zeros, "positions": zeros, "segment_ids": zeros, "targets": TARGETS, "loss_weights": weights}
 
 
 def test_terms_are_weighted_sums_and_their_weights(x64):
@@ -96,7 +96,8 @@ def test_the_z_loss_gradient_is_that_of_the_papers():
     """d/dx (log p + c (log Z)^2) = softmax * (1 + 2 c log Z) - onehot (t5x losses.py)."""
     logits = jnp.asarray(LOGITS[0, 0, :4], jnp.float32)
     objective = LanguageObjective(z_loss=0.3)
-    one = {"tokens": 0, "positions": 0, "targets": jnp.array([[1]]), "loss_weights": jnp.ones((1, 1))}
+    one = {name: jnp.ones((1, 1), jnp.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
+    one["loss_weights"] = jnp.ones((1, 1))
 
     def total(logits):
         sums = objective.sums(MODEL, logits[None, None], one, None)
