@@ -1,21 +1,43 @@
-"""A small GPT on the text of Python's own standard library: the first run, with no download.
+"""A small GPT on the source of Python's own standard library: the first run, with nothing to download.
 
-    llm-jax train --config=quickstart --workdir=runs/quickstart
-
-Hardware: any laptop (2 CPU cores). Time and expected validation loss: see the README.
+Command    llm-jax train --config=quickstart
+Data       the interpreter's standard library, about 9 MB of Python; validation on modules left out of training
+Hardware   two CPU cores, about two minutes
+Expected   about 1.55 bits per byte on the held-out modules, where `xz -9` reaches 1.71
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.name = "quickstart"
-    config.model = dict(num_layers=4, embed_dim=256, num_heads=4, max_length=256)
-    config.data = dict(path="stdlib", tokenizer="bpe", tokenizer_vocab_size=4096, sequence_length=256)
-    config.train = dict(steps=300, global_batch_size=16)
-    config.optim = dict(name="adamw", learning_rate=1e-3, warmup_steps=30)
-    config.eval = dict(every=100, batches=8)
-    config.checkpoint = dict(every=100)
-    config.generate = dict(prompt="def ", max_tokens=64)
-    return config
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="quickstart",
+            model=dict(
+                num_layers=4,
+                num_heads=4,
+                embed_dim=128,
+                max_length=256,
+                activation="gelu",
+                scan_layers=False,  # a small model runs faster with every layer compiled on its own
+            ),
+            data=dict(
+                path="stdlib",
+                tokenizer="bpe",
+                tokenizer_vocab_size=2_048,  # more ids would cost more in the head than they save in tokens
+                sequence_length=256,
+            ),
+            train=dict(steps=500, global_batch_size=8),  # 2,048 tokens a step: many small steps suit so short a run
+            optim=dict(
+                name="muon",
+                learning_rate=1e-2,
+                schedule="wsd",
+                warmup_steps=20,
+                cooldown_ratio=0.5,
+                final_ratio=0.0,
+            ),
+            eval=dict(every=100),
+            checkpoint=dict(every=100),
+            generate=dict(prompt="def ", max_tokens=120),
+        )
+    )

@@ -38,7 +38,7 @@ def compile_cache_folder() -> Path:
 def start_backend(cfg: Config | None = None) -> None:
     """Set JAX up for this process. Calling it again, once the run's config is known, adds what the config asks for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only; read when jaxlib is loaded
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in a sentence
     import jax
 
     keep_compiled_programs()

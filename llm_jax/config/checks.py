@@ -239,6 +239,13 @@ def check_data(cfg: Config) -> None:
             "data.packing = 'crops' cuts anywhere and knows no documents",
             "set data.mask_documents=False, or another packing",
         )
+    if data.packing in ("first_fit", "best_fit") and not data.mask_documents:
+        raise refuse(
+            "data.mask_documents",
+            False,
+            f"data.packing = {data.packing!r} puts whole documents side by side, none of which continues another",
+            "set data.mask_documents=True, or data.packing='concat'",
+        )
     if data.mixture:
         for name in ("path", "format", "validation_path", "text_key", "separator"):
             if getattr(data, name) != getattr(default, name):

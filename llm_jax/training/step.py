@@ -90,11 +90,15 @@ def make_train_step(
     seed: int,
     accumulation: int = 1,
     ema_decay: float = 0.0,
+    trainable: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
 
+    `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm.
+
     Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
-    (weight of the batch), "bad_in_a_row" and "bad_total".
+    (weight of the batch), "bytes" (that its targets stand for, where known), "bad_in_a_row", "bad_total" and, where the loss is the targets' code length and their bytes are
+    known, "bytes".
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -108,7 +112,7 @@ def make_train_step(
             step=state.step,
             accumulation=accumulation,
         )
-        grad_norm = optim.global_norm(grads)
+        grad_norm = optim.global_norm(grads, trainable)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms["loss"])
         good = finite & (weight > 0)  # a batch of padding alone is no update either
 
@@ -135,9 +139,12 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.updates),
             "tokens": weight,
+            **({"bytes": batch["target_bytes"].sum()} if "target_bytes" in batch else {}),
             "bad_in_a_row": new_state.bad_in_a_row,
             "bad_total": new_state.bad_total,
         }
+        if "target_bytes" in batch and not objective.label_smoothing:  # a smoothed loss is no code length
+            metrics["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return new_state, metrics
 
     if layout.mesh is None:

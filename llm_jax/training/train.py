@@ -100,6 +100,7 @@ def train(cfg: Config, workdir: str) -> None:
             seed=seed,
             accumulation=cfg.train.accumulation,
             ema_decay=cfg.train.ema_decay,
+            trainable=optim.trainable_mask(cfg.optim, shapes),
         )
         profiler = stack.enter_context(Profiler(cfg.log, f"{workdir}/profile"))
         preemption = stack.enter_context(distributed.Preemption())  # before this, a signal ends the process at once
