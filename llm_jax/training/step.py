@@ -97,7 +97,7 @@ def make_train_step(
     `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm.
 
     Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
-    (weight of the batch), "bytes" (that its targets stand for, where known), "bad_in_a_row", "bad_total" and, where the loss is the targets' code length and their bytes are
+    (weight of the batch), "bad_in_a_row", "bad_total" and, where the loss is the code length of targets whose bytes are
     known, "bytes".
     """
 
@@ -139,7 +139,6 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.updates),
             "tokens": weight,
-            **({"bytes": batch["target_bytes"].sum()} if "target_bytes" in batch else {}),
             "bad_in_a_row": new_state.bad_in_a_row,
             "bad_total": new_state.bad_total,
         }
