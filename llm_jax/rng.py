@@ -5,7 +5,7 @@ import zlib
 import jax
 
 
-def stream(seed: int, name: str, step: int | jax.Array = 0) -> jax.Array:
+def stream(seed: int | jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:
     """The key of stream `name` at `step`: a typed threefry key, scalar.
 
     Streams with different names are independent; `step` may be traced. The name enters through CRC-32, which is the

@@ -83,6 +83,8 @@ def check_run(cfg: Config) -> None:
             "log.profile_steps is 0, so nothing is traced",
             "set log.profile_steps too",
         )
+    if "" in cfg.generate.stop:
+        raise refuse("generate.stop", cfg.generate.stop, "every text holds the empty string", "leave it out")
     for name in cfg.log.trackers:
         if name not in TRACKERS:
             listed = f"it can be {', '.join(TRACKERS)}"

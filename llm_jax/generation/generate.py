@@ -37,10 +37,20 @@ class Row:
     stop: tuple[str, ...]
     text: str = ""
     done: bool = False
+    _start: int = 0  # first token of the context
     _pending: str = ""
     _decoder: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
+
+    def context(self, longest: int) -> list[int]:
+        """The tokens that the model reads. One too many for it, and they are cut to the last half of the longest
+        context, so that text can be longer: a matter of this row alone, whatever the others of its batch need."""
+        if self.done:
+            return self.tokens[-1:]
+        if len(self.tokens) - self._start > longest:
+            self._start = len(self.tokens) - max(longest // 2, 1)
+        return self.tokens[self._start :]
 
     def add(self, piece: bytes) -> str:
         """Take the next token's bytes; returns the text that is now certain."""
@@ -96,37 +106,29 @@ class Generator:
         Returns:
           The continuations, without the prompts, cut before a stop string.
         """
-        say = on_text or (lambda row, piece: None)
+        on_text = on_text or (lambda row, piece: None)
+        say = lambda row, piece: on_text(row, piece) if piece else None  # noqa: E731
         encoded = self.tokenizer.encode([prompt or self.default_prompt for prompt in prompts])
         rows = [Row([int(token) for token in ids], cfg.stop) for ids in encoded]
         for number, row in enumerate(rows):
             if not row.tokens:
                 raise UserError(f"Prompt {number + 1} ({prompts[number]!r}) has no tokens; give at least one character.")
-        keys = jax.vmap(lambda row: jax.random.fold_in(rng.stream(seed, "sample"), row))(jnp.arange(len(rows)))
-
-        made, longest = 0, self.model.cfg.max_length
+        made = 0
         while made < cfg.max_tokens and not all(row.done for row in rows):
-            # A full context is cut to its last half and read again, so that text can be longer than the context.
-            keep = longest if max(len(row.tokens) for row in rows) < longest else max(longest // 2, 1)
-            made = self._fill(rows, keys, cfg, made, keep, say)
+            made = self._fill(rows, cfg, seed, made, say)
         for number, row in enumerate(rows):
             say(number, row.finish())
         return [row.text for row in rows]
 
     def _fill(
-        self,
-        rows: list[Row],
-        keys: jax.Array,
-        cfg: GenerateConfig,
-        made: int,
-        keep: int,
-        say: Callable[[int, str], None],
+        self, rows: list[Row], cfg: GenerateConfig, seed: int, made: int, say: Callable[[int, str], None]
     ) -> int:
-        """Read the last `keep` tokens of each row, then write until all are done or the context is full."""
-        contexts = [row.tokens[-keep:] for row in rows]
+        """Read each row's context, then write until all are done or a context is full. Returns the tokens made."""
+        longest = self.model.cfg.max_length
+        contexts = [row.context(longest) for row in rows]
         width = max(len(context) for context in contexts)
-        limit = min(self.model.cfg.max_length, width + cfg.max_tokens - made)
-        cache_length = min(-(-limit // CACHE_STEP) * CACHE_STEP, self.model.cfg.max_length)
+        limit = min(longest, width + cfg.max_tokens - made)
+        cache_length = min(-(-limit // CACHE_STEP) * CACHE_STEP, longest)
 
         padded_width = min(-(-width // CACHE_STEP) * CACHE_STEP, cache_length)
         tokens = np.zeros((len(rows), padded_width), np.int32)
@@ -134,60 +136,71 @@ class Generator:
         for number, context in enumerate(contexts):
             tokens[number, : len(context)] = context
             positions[number, : len(context)] = np.arange(len(context))
-        lengths = jnp.asarray([len(context) for context in contexts], jnp.int32)
-        token, cache = self._prefill(self.params, tokens, positions, lengths, keys, made, cfg, cache_length)
+        lengths = np.asarray([len(context) for context in contexts], np.int32)
 
+        # What is compiled depends on how to sample, not on the prompt or where to stop.
+        static = (self.model, dataclasses.replace(cfg, prompt="", stop=(), max_tokens=0), cache_length)
+        seed = np.uint32(seed)
+        token, cache = _prefill(*static, self.params, tokens, positions, lengths, seed, np.int32(made))
         for filled in range(width, limit + 1):
             self._take(rows, np.asarray(token), say)
             made += 1
             if made == cfg.max_tokens or filled == limit or all(row.done for row in rows):
                 return made
-            token, cache = self._decode(self.params, cache, token, lengths, keys, made, cfg, cache_length)
+            token, cache = _decode(*static, self.params, cache, token, lengths, seed, np.int32(made))
             lengths = lengths + 1
         return made
 
     def _take(self, rows: list[Row], tokens: np.ndarray, say: Callable[[int, str], None]) -> None:
         for number, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            row.tokens.append(token)
             if row.done:
                 continue
+            row.tokens.append(token)
             if token == self.tokenizer.eos_id:
                 say(number, row.finish())
             else:
                 say(number, row.add(self.tokenizer.decode_bytes([token])))
 
-    @functools.partial(jax.jit, static_argnums=(0, 7, 8))
-    def _prefill(
-        self,
-        params: Any,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array,
-        keys: jax.Array,
-        made: jax.Array,
-        cfg: GenerateConfig,
-        cache_length: int,
-    ) -> tuple[jax.Array, Any]:
-        logits, cache = self.model.apply_cached(params, {}, tokens, positions, cache_length)
-        last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return self._sample(last, keys, made, cfg), cache
 
-    @functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=2)
-    def _decode(
-        self,
-        params: Any,
-        cache: Any,
-        token: jax.Array,
-        lengths: jax.Array,
-        keys: jax.Array,
-        made: jax.Array,
-        cfg: GenerateConfig,
-        cache_length: int,
-    ) -> tuple[jax.Array, Any]:
-        logits, cache = self.model.apply_cached(params, cache, token[:, None], lengths[:, None], cache_length)
-        return self._sample(logits[:, 0], keys, made, cfg), cache
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(
+    model: Model,
+    cfg: GenerateConfig,
+    cache_length: int,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    seed: jax.Array,
+    made: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Read tokens (B, T), of which `lengths` (B,) are real; returns the next tokens (B,) and the cache."""
+    logits, cache = model.apply_cached(params, {}, tokens, positions, cache_length)
+    last = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return _sample(model, cfg, last, seed, made), cache
 
-    def _sample(self, logits: jax.Array, keys: jax.Array, made: jax.Array, cfg: GenerateConfig) -> jax.Array:
-        real = jnp.arange(logits.shape[-1]) < self.model.cfg.vocab_size
-        logits = jnp.where(real[None], logits, -jnp.inf)
-        return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, made), cfg)
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(
+    model: Model,
+    cfg: GenerateConfig,
+    cache_length: int,
+    params: Any,
+    cache: Any,
+    token: jax.Array,
+    lengths: jax.Array,
+    seed: jax.Array,
+    made: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Read one more token of each row, at the place `lengths` (B,); returns the next ones and the cache."""
+    logits, cache = model.apply_cached(params, cache, token[:, None], lengths[:, None], cache_length)
+    return _sample(model, cfg, logits[:, 0], seed, made), cache
+
+
+def _sample(model: Model, cfg: GenerateConfig, logits: jax.Array, seed: jax.Array, made: jax.Array) -> jax.Array:
+    """(B, V) to (B,), the same on every device: a stream of its own for each row and each token made."""
+    real = jnp.arange(logits.shape[-1]) < model.cfg.vocab_size
+    logits = jnp.where(real[None], logits, -jnp.inf)
+    key = rng.stream(seed, "sample", made)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
+    return model.module.layout(sample(logits, keys, cfg), None)

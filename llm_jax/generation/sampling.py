@@ -7,7 +7,8 @@ from llm_jax.config import GenerateConfig
 
 
 def filtered(logits: jax.Array, cfg: GenerateConfig) -> jax.Array:
-    """`logits` (B, V) over the temperature, with -inf where a token may not be drawn. The likeliest always may.
+    """`logits` (B, V) over the temperature, with -inf where a token may not be drawn. The likeliest always may, and
+    tokens that are equally likely stay or go together.
 
     top_k keeps the k likeliest; top_p (arXiv 1904.09751) the smallest set whose probability reaches p; min_p
     (arXiv 2407.01082) those with at least min_p times the probability of the likeliest.
