@@ -46,6 +46,8 @@ def train(cfg: Config, workdir: str) -> None:
 
         stores = prepare_data(cfg)
         tokenizer = stores[0].tokenizer
+        if cfg.data.tokenizer == "none":
+            store.require_ids_below(stores, cfg.model.vocab_size)
         cfg = with_vocabulary(cfg, tokenizer.vocab_size)
         batch_size, seed = cfg.train.global_batch_size, cfg.seed
         data = stack.enter_context(
@@ -171,10 +173,7 @@ def evaluate(
 
 def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
-    options = None
-    if jax.default_backend() == "cpu":
-        backend.keep_freed_memory()
-        options = backend.CPU_COMPILER_OPTIONS
+    options = backend.CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
     compiled = train_step.lower(state, batch).compile(compiler_options=options)
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
