@@ -63,7 +63,7 @@ def _build(base: Any, raw: Any, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(base)}
     if not isinstance(raw, Mapping):
         raise refuse(
-            prefix[:-1], raw, "this is a group of keys, not one value", f"set {prefix}{next(iter(fields))} and so on"
+            prefix[:-1] or "the config", raw, "this is a group of keys, not one value", f"set {prefix}{next(iter(fields))} and so on"
         )
     kinds = typing.get_type_hints(type(base))
     changes = {}

@@ -63,10 +63,10 @@ def plan_split(source: Source, fraction: float, choice: str, own_files: bool) ->
     border = int(total * (1 - fraction))
     if not 0 < border < total:
         unit = "characters" if source.has_text else "tokens"
-        raise DataError(
-            f"{source.path} has {total} {unit}, too few to hold out {fraction:g} of them: give more data, "
-            "data.validation_path, or data.validation_fraction=0."
-        )
+        too_few = f"{source.path} has {total} {unit}, too few to hold out {fraction:g} of them"
+        if bad := next((record.reason for _, record in source.read() if isinstance(record, BadRecord)), ""):
+            raise DataError(f"{bad}. Correct it: without such records {too_few}.")
+        raise DataError(f"{too_few}: give more data, data.validation_path, or data.validation_fraction=0.")
     return Split("tail", fraction, border)
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ def prepare(cfg: DataConfig, progress: Callable[[str], None] | None = None) -> l
     folders = [_folder(cache, job, recipe) for job in jobs]
     if missing := [(job, folder) for job, folder in zip(jobs, folders, strict=True) if not os.path.exists(folder)]:
         with _plain_disk_errors():
-            os.makedirs(os.path.join(cache, "stores"), exist_ok=True)
+            _make_cache(cache)
             tokenizer = vocabulary.make(cfg, jobs, os.path.join(cache, "tokenizers"), talk)
             for job, folder in missing:
                 _prepare_one(job, tokenizer, folder, talk)
@@ -140,6 +140,13 @@ def vocab_size(cfg: DataConfig) -> int:
     if cfg.tokenizer in ("char", "none"):
         return prepare(cfg)[0].tokenizer.vocab_size
     return tokenizers.read(cfg.tokenizer).vocab_size
+
+
+def _make_cache(cache: str) -> None:
+    try:
+        os.makedirs(os.path.join(cache, "stores"), exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc, or a file in the way
+        raise DataError(f"There can be no folder {cache} for prepared data ({error.strerror}): correct data.cache_dir.") from error
 
 
 def _jobs(cfg: DataConfig) -> list[Job]:
@@ -194,6 +201,21 @@ def _summary(store: Store) -> str:
     parts += [f"{bad:,} bad records skipped"] if bad else []
     parts += [f"{empty:,} empty documents left out"] if empty else []
     return ", ".join(parts)
+
+
+def require_ids_below(stores: Sequence[Store], vocab_size: int) -> None:
+    """Refuse token files with an id that the model does not have. Raises DataError: file, id and place."""
+    for store in stores:
+        if store.manifest["tokenizer"]["kind"] != "none" or store.tokenizer.vocab_size <= vocab_size:
+            continue
+        for name in store.manifest["splits"]:
+            tokens = store.split(name).tokens
+            if (beyond := np.flatnonzero(tokens >= vocab_size)).size:
+                raise DataError(
+                    f"{store.manifest['source']['path']} holds the token id {tokens[beyond[0]]} (token {beyond[0]:,} of the "
+                    f"{name} split), and model.vocab_size={vocab_size:,}: give the files that were made for this "
+                    f"vocabulary, or set model.vocab_size={store.tokenizer.vocab_size} or more."
+                )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from llm_jax.data.sources import BadRecord
 from llm_jax.data.splits import TRAIN, VALIDATION
 from llm_jax.data.tokenizers import TRAINING_BYTES, Tokenizer
 from llm_jax.data.writer import Job
-from llm_jax.errors import ConfigError
+from llm_jax.errors import ConfigError, DataError
 
 _MADE_HERE = ("char", "bpe")
 
@@ -82,8 +82,15 @@ def _from_text(cfg: DataConfig, jobs: list[Job]) -> Tokenizer:
         for job in jobs:
             for _, text in _texts(job):
                 characters.update(text)
+        if not characters and (bad := _first_bad_record(jobs)):
+            raise DataError(f"{bad}. Correct it: without such records there is no text to take the characters from.")
         return tokenizers.CharTokenizer(characters, with_eos=cfg.eos != "none")
     return tokenizers.train_bpe(_training_sample(jobs), cfg.tokenizer_vocab_size)
+
+
+def _first_bad_record(jobs: list[Job]) -> str:
+    documents = (document for job in jobs for part in job.parts for _, document in part.read())
+    return next((document.reason for document in documents if isinstance(document, BadRecord)), "")
 
 
 def _training_sample(jobs: list[Job]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from llm_jax.backend import start_backend
 from llm_jax.config import Config
 from llm_jax.config.checks import check_tensor_axis, mesh_sizes
 from llm_jax.data import store, tokenizers
-from llm_jax.errors import ConfigError
+from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
@@ -43,7 +43,7 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     Raises:
       UserError: the folder is no run, is damaged, or has no such checkpoint.
     """
-    cfg = config.override(config.from_dict(run_folder.read(workdir).config), overrides)
+    cfg = config.override(read_config(workdir), overrides)
     start_backend(cfg)  # 64 bits, where the run has them
     cfg = fitted(cfg, fixed=any(item.startswith("mesh.") for item in overrides))
     layout = sharding.make_layout(cfg.mesh)
@@ -54,6 +54,13 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     name = "ema" if cfg.train.ema_decay else "params"
     params, step = checkpoint.restore_params(workdir, step, abstract, name)
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
+
+
+def read_config(workdir: str) -> Config:
+    try:
+        return config.from_dict(run_folder.read(workdir).config)
+    except ConfigError as error:
+        raise UserError(f"{workdir}/config.json cannot be read by this version: {error}") from None
 
 
 def fitted(cfg: Config, *, fixed: bool) -> Config:
@@ -78,9 +85,22 @@ def default_prompt(cfg: Config) -> str:
 def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
     """`llm-jax evaluate`: the evaluation that the run itself makes at this step, or what `eval.*` overrides say."""
     run = restore(workdir, step, overrides)
+    stores = store.prepare(run.cfg.data)
+    check_same_tokens(run, stores)
     objective = LanguageObjective(segments=run.cfg.data.mask_documents)
-    evaluator = make_evaluator(run.cfg, store.prepare(run.cfg.data), run.model, objective, run.model.module.layout)
+    evaluator = make_evaluator(run.cfg, stores, run.model, objective, run.model.module.layout)
     return {"step": run.step} | evaluator(run.params, run.step)
+
+
+def check_same_tokens(run: TrainedModel, stores: Sequence[store.Store]) -> None:
+    """Refuse data in which an id is not what the model learned it as: its text, or the tokenizer's file, has changed."""
+    if run.cfg.data.tokenizer == "none":
+        store.require_ids_below(stores, run.model.cfg.vocab_size)
+    elif stores[0].tokenizer.identity() != run.tokenizer.identity():
+        raise DataError(
+            f"The tokenizer ({run.cfg.data.tokenizer}) that {stores[0].manifest['source']['path']} gives now is not the "
+            "one that this run was trained with: its ids mean other text. Evaluate on the data as they were."
+        )
 
 
 def generate(
