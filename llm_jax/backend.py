@@ -1,8 +1,8 @@
 """JAX's process-wide settings, made by the command line before the first array: compile cache, 64 bits, quiet logs."""
 
-import functools
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import logging
 import os
@@ -40,6 +40,8 @@ def start_backend(cfg: Config | None = None) -> None:
     """Set JAX up for this process. Calling it again, once the run's config is known, adds what the config asks for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only; read when jaxlib is loaded
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in a sentence
+    if runs_on_cpu():
+        keep_freed_memory()
     import jax
 
     keep_compiled_programs()
