@@ -1,4 +1,4 @@
-"""The decoder as a whole: every key matters, packing isolates, parameters are counted, named and stacked as promised."""
+"""The decoder as a whole: every key matters, packing isolates, parameters are counted and named as promised."""
 
 import dataclasses
 import functools
@@ -200,14 +200,16 @@ def test_padded_ids_have_probability_zero():
     np.testing.assert_array_equal(masked[..., :30], kept[..., :30])
     table = params["embedding"]["table"]
     plain = dataclasses.replace(cfg, vocab_multiple=1)
-    np.testing.assert_allclose(logits_of(plain, params | {"embedding": {"table": table[:30]}}), masked[..., :30], rtol=1e-5)
+    cut = params | {"embedding": {"table": table[:30]}}
+    np.testing.assert_allclose(logits_of(plain, cut), masked[..., :30], rtol=1e-5)
 
 
 def test_padded_ids_get_no_gradient():
     cfg = decoder(vocab_size=30, vocab_multiple=32)
     model, batch = build(cfg), packed(2, 8)
-    loss = lambda params: LanguageObjective(z_loss=0.1, label_smoothing=0.1).sums(model, params, batch, None)  # noqa: E731
-    gradient = jax.jit(jax.grad(lambda params: sum(loss(params).values())), compiler_options=QUICK)(numbers(model))
+    objective = LanguageObjective(z_loss=0.1, label_smoothing=0.1)
+    loss = lambda params: sum(objective.sums(model, params, batch, None).values())  # noqa: E731
+    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(numbers(model))
     table = np.asarray(gradient["embedding"]["table"])
     assert np.isfinite(table).all() and (table[:30] != 0).any(-1).all() and (table[30:] == 0).all()
 

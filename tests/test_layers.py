@@ -11,6 +11,7 @@ from tiny import QUICK, build, decoder, mesh_layout
 
 from llm_jax.config import from_dict
 from llm_jax.errors import ConfigError
+from llm_jax.kernels.elementwise import gelu, normalize
 from llm_jax.models.layers import Dropout, Embedding, Linear, Norm
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -62,6 +63,47 @@ def test_norms_start_as_the_identity_and_name_their_axis():
     boxes = Norm("layernorm", 1e-5, Precision(), use_bias=True).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     assert boxes["scale"].names == boxes["bias"].names == ("norm",)
     assert boxes["scale"].value.tolist() == [1] * 4 and boxes["bias"].value.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("with_scale", [True, False])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_gradients_of_norms(x64, kind, with_scale):
+    """The backward pass is written by hand: against differences of the formula."""
+    x, cotangent = 2 + 3 * normal(1, 2, 3, 8), normal(2, 2, 3, 8)
+    arguments = {"x": x} | ({"scale": normal(3, 8)} if with_scale else {})
+
+    def loss(arguments):
+        scale = arguments.get("scale")
+        return (normalize(arguments["x"], scale, 1e-2, kind == "layernorm") * cotangent).sum()
+
+    gradient = jax.jit(jax.grad(loss))(arguments)
+    for name, value in arguments.items():
+        expected = np.zeros_like(value)
+        for place in np.ndindex(value.shape):
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = arguments | {name: value.copy()}
+                moved[name][place] += step
+                ends.append((norm_by_hand(kind, moved["x"], 1e-2, moved.get("scale", 1.0)) * cotangent).sum())
+            expected[place] = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(gradient[name], expected, rtol=0, atol=1e-8)
+
+
+def test_gelu_and_its_gradient(x64):
+    x = np.linspace(-6, 6, 49)
+    phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), x * phi, rtol=0, atol=1e-14)
+    density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    gradient = jax.vmap(jax.grad(gelu))(jnp.asarray(x))
+    np.testing.assert_allclose(gradient, phi + x * density, rtol=0, atol=1e-14)
+    assert gelu(jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_have_the_dtypes_of_what_they_belong_to(dtype):
+    x, scale = jnp.ones((2, 4), dtype), jnp.ones(4, jnp.float32)
+    dx, dscale = jax.grad(lambda x, scale: normalize(x, scale, 1e-5, True).sum().astype(jnp.float32), (0, 1))(x, scale)
+    assert dx.dtype == x.dtype and dscale.dtype == scale.dtype
 
 
 # --------------------------------------------------------------------------------------- linear, embedding

@@ -45,7 +45,11 @@ def turned_by_hand(x, positions, rope, head_dim):
     return out
 
 
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig(base=500.0), RopeConfig(fraction=0.5)], ids=("plain", "base", "partial"))
+@pytest.mark.parametrize(
+    "rope",
+    [RopeConfig(), RopeConfig(base=500.0), RopeConfig(fraction=0.5)],
+    ids=("plain", "base", "partial"),
+)
 def test_rotary_is_a_complex_rotation(rope):
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 100]])
@@ -127,7 +131,8 @@ def test_yarn_frequencies():
         share = min(max((i - first) / (last - first), 0.0), 1.0)
         assert math.isclose(found, share * plain / 4 + (1 - share) * plain, rel_tol=1e-12)
     assert scale == 0.1 * math.log(4) + 1
-    np.testing.assert_allclose(frequencies[[0, 10, 23, 31]] * 10_000 ** (np.array([0, 10, 23, 31]) / 32), [1, 1, 0.25, 0.25])
+    pairs = np.array([0, 10, 23, 31])
+    np.testing.assert_allclose(frequencies[pairs] * 10_000 ** (pairs / 32), [1, 1, 0.25, 0.25])
 
 
 def test_yarn_scales_sine_and_cosine():

@@ -52,7 +52,8 @@ def test_one_mesh_axis_splits_one_axis():
 def test_an_indivisible_parameter_is_named():
     shapes = {"block": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32)}}
     axes = {"block": {"kernel": ("embed", "mlp")}}
-    with pytest.raises(ConfigError, match=r"block/kernel of shape \(6, 4\) .* axis 'embed' of 6 is not .* the 4 pieces"):
+    message = r"block/kernel of shape \(6, 4\) .* axis 'embed' of 6 is not .* the 4 pieces"
+    with pytest.raises(ConfigError, match=message):
         mesh_layout(fsdp=4).parameter_shardings(shapes, axes)
     mesh_layout(data=4).parameter_shardings(shapes, axes)
 
@@ -161,7 +162,8 @@ def test_batch_rows_and_pieces():
 
 def test_a_process_must_give_its_own_rows():
     """JAX takes any number of rows and gives wrong sums."""
-    with pytest.raises(UserError, match="'tokens' has 4 rows on process 0, which must supply 8 of the global batch's 8"):
+    message = "'tokens' has 4 rows on process 0, which must supply 8 of the global batch's 8"
+    with pytest.raises(UserError, match=message):
         mesh_layout(8).put_batch({"tokens": np.zeros((4, 2))}, 8)
     with pytest.raises(UserError, match="'tokens' has 4 rows"):
         Layout().put_batch({"tokens": np.zeros((4, 2))}, 8)

@@ -70,7 +70,7 @@ def remat_warnings(capfd):
     ids=str,
 )
 def test_every_mesh_gives_the_gradient_of_one_device(x64, capfd, name, sizes, accumulation):
-    """In float64 to 1e-10, packed, with unequal weights among micro-batches; and XLA never falls back to replicating."""
+    """In float64 to 1e-10, packed, with unequal weights among micro-batches; and XLA never has to replicate."""
     found = gradient_program(name, mesh_layout(*sizes), accumulation, "float64")
     assert_close(found, on_one_device(name, accumulation), atol=1e-10)
     assert remat_warnings(capfd) == []
@@ -362,7 +362,8 @@ def test_a_gradient_that_overflows_is_bad_though_the_loss_is_finite(guarded):
 
 def test_a_batch_of_padding_is_no_update_and_no_fault(guarded):
     run, train_step, before = guarded
-    nothing = run.batch(loss_weights=np.zeros((ROWS, LENGTH), np.float32), segment_ids=np.zeros((ROWS, LENGTH), np.int32))
+    zeros = np.zeros((ROWS, LENGTH), np.int32)
+    nothing = run.batch(loss_weights=zeros.astype(np.float32), segment_ids=zeros)
     state, metrics = train_step(jax.tree.map(jnp.asarray, before), nothing)
     assert_same_bits(trained(state), trained(before))
     assert [int(x) for x in (state.step, state.bad_in_a_row, state.bad_total)] == [2, 0, 0]
@@ -385,10 +386,8 @@ def test_dropout_differs_by_step_and_micro_batch_and_is_a_function_of_the_seed()
     params = numbers(model)
 
     def loss(seed, number, accumulation):
-        _, terms, _ = step.gradients(
-            model, LanguageObjective(), params, batch, layout=Layout(), seed=seed, step=number, accumulation=accumulation
-        )
-        return terms["loss"]
+        fixed = dict(layout=Layout(), seed=seed, step=number, accumulation=accumulation)
+        return step.gradients(model, LanguageObjective(), params, batch, **fixed)[1]["loss"]
 
     run = jax.jit(loss, static_argnums=(0, 2), compiler_options=QUICK)
     first = float(run(0, 5, 2))

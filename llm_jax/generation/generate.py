@@ -70,7 +70,8 @@ class Row:
             ready, self._pending = self._pending[: min(cuts)], ""
         else:
             held = 0 if final else max((_overlap(self._pending, stop) for stop in self.stop), default=0)
-            ready, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
+            certain = len(self._pending) - held
+            ready, self._pending = self._pending[:certain], self._pending[certain:]
         self.text += ready
         return ready
 
@@ -112,7 +113,8 @@ class Generator:
         rows = [Row([int(token) for token in ids], cfg.stop) for ids in encoded]
         for number, row in enumerate(rows):
             if not row.tokens:
-                raise UserError(f"Prompt {number + 1} ({prompts[number]!r}) has no tokens; give at least one character.")
+                text = prompts[number]
+                raise UserError(f"Prompt {number + 1} ({text!r}) has no tokens; give at least one character.")
         made = 0
         while made < cfg.max_tokens and not all(row.done for row in rows):
             made = self._fill(rows, cfg, seed, made, say)
