@@ -116,16 +116,16 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms["loss"])
         good = finite & (weight > 0)  # a batch of padding alone is no update either
 
-        changes, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new.astype(old.dtype), ema, params)
+        def update(params: Any, opt_state: Any, ema: Any) -> tuple[Any, Any, Any]:
+            changes, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, changes)
+            if ema is not None:
+                mean = lambda old, new: ema_decay * old + (1 - ema_decay) * new.astype(old.dtype)  # noqa: E731
+                ema = jax.tree.map(mean, ema, params)
+            return params, opt_state, ema
 
         old = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state, ema), old
-        )
+        params, opt_state, ema = jax.lax.cond(good, update, lambda *old: old, *old)
         new_state = TrainState(
             step=state.step + 1,
             updates=state.updates + good,
