@@ -33,8 +33,9 @@ def outcome(process: subprocess.Popen, code: int) -> tuple[str, str]:
     """Wait for the end of a process; asserts its exit code."""
     try:
         out, err = process.communicate(timeout=240)
-    finally:
+    except subprocess.TimeoutExpired:
         process.kill()
+        out, err = process.communicate()
     assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
     assert "Traceback" not in err, err
     return out, err
