@@ -19,7 +19,7 @@ from llm_jax import __version__, errors
 from llm_jax.config import Config, check, config_names, from_dict, load, to_dict
 from llm_jax.config.checks import check_data
 from llm_jax.config.values import did_you_mean
-from llm_jax.errors import UserError
+from llm_jax.errors import Preempted, UserError
 
 OUTCOMES = tuple(item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception))
 
@@ -59,7 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(*describe_error(error, debug), sep="\n", file=sys.stderr)
-        return error.exit_code if isinstance(error, OUTCOMES) else 1
+        code = error.exit_code if isinstance(error, OUTCOMES) else 1
+        if not isinstance(error, Preempted):  # on that all processes have agreed
+            leave_the_others(code)
+        return code
+
+
+def leave_the_others(code: int) -> None:
+    """End at once if this is one process of several: they must not wait for it."""
+    if distributed := sys.modules.get("llm_jax.distributed"):
+        distributed.leave(code)
 
 
 def describe_error(error: Exception, debug: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Many processes as one run: joining them, agreeing, noticing preemption, and ending a process that hangs.
+"""Many processes as one run: joining, agreeing, leaving, noticing preemption, and ending a process that hangs.
 
 Everything here is a no-op or the obvious answer for a single process.
 """
@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout: int = 300) -
 
     Raises:
       UserError: only some of our variables are set, or wrongly; a package that the launcher needs is missing; the
-        coordinator's port is taken here.
+        coordinator's port is taken here; a TPU machine does not say which machines belong to it.
     """
     arguments = find_processes(environ)
     if arguments is None:
@@ -55,7 +56,7 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout: int = 300) -
     giving_up.start()
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a ValueError where nothing tells who the others are
         raise UserError(f"{_who(arguments)} cannot join or serve the run ({error}); {HINT}") from None
     finally:
         giving_up.cancel()
@@ -171,6 +172,22 @@ def all_true(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(flag)).all())
 
 
+def on_main(act: Callable[[], object]) -> None:
+    """Run `act` on the main process while the others wait. Where it refuses, all of them do: else they would wait on.
+
+    Raises:
+      UserError: what `act` raised; on the other processes one that points to it.
+    """
+    refusal = None
+    if is_main():
+        try:
+            act()
+        except UserError as error:
+            refusal = error
+    if not all_true(refusal is None):
+        raise refusal or UserError("process 0 cannot go on, and says why")
+
+
 def assert_same_everywhere(name: str, value: str) -> None:
     """Refuse to go on where processes were started with different configs, code or data.
 
@@ -196,6 +213,25 @@ def assert_same_everywhere(name: str, value: str) -> None:
             f"the {name} of {named} is not that of process 0 (host {hosts[0]}); start every process with the same "
             "command, code and files"
         )
+
+
+FAREWELL_SECONDS = 5.0
+
+
+def leave(code: int) -> None:
+    """End a process that failed, with this exit code, if it is one of several; return if it is alone.
+
+    JAX's own exit waits minutes for the other processes, which wait for this one in the middle of a step. They notice
+    that it is gone. The main process stays for a moment, since the others, who most often fail for the same reason,
+    cannot end in order without it.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_main():
+        time.sleep(FAREWELL_SECONDS)
+    os._exit(code)
 
 
 # --------------------------------------------------------------------------------------------- preemption

@@ -319,6 +319,16 @@ def test_the_four_starts(tmp_path):
     assert start(tmp_path / "c", cfg).step == 1  # its own checkpoints come first
 
 
+def test_an_average_stays_wider_than_the_parameters_it_begins_with(tmp_path):
+    """In bfloat16 it would never move."""
+    half = make_state(3, dtype=jnp.bfloat16)
+    with Checkpointer(tmp_path / "a", SMALL) as checkpointer:
+        checkpointer.save(3, half, {})
+    wide = dataclasses.replace(half, ema=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), half.params))
+    found = start(tmp_path / "b", dataclasses.replace(SMALL, init_from=str(tmp_path / "a")), wide)
+    assert_equal(found.state.ema, jax.tree.map(lambda p: p.astype(jnp.float32), half.params))
+
+
 def test_must_and_never(tmp_path):
     with pytest.raises(UserError, match="resume='must'.*no checkpoints"):
         start(tmp_path, dataclasses.replace(SMALL, resume="must"))

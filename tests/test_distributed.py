@@ -106,6 +106,7 @@ def test_one_process_is_alone():
     distributed.barrier("nobody")
     distributed.assert_same_everywhere("config", "x")
     assert distributed.is_main() and distributed.all_true(True) and not distributed.all_true(False)
+    distributed.leave(3)
     assert not jax.distributed.is_initialized()
 
 
@@ -153,6 +154,17 @@ try:
 except UserError as error:
     assert "the config of process 1 (host" in str(error), error
 
+did = []
+distributed.on_main(lambda: did.append(me))
+assert did == [0] * (me == 0)
+def refuse():
+    raise UserError("there is no room")
+try:
+    distributed.on_main(refuse)
+    raise SystemExit("process 0 refused, and that passed")
+except UserError as error:
+    assert str(error) == ("process 0 cannot go on, and says why" if me else "there is no room"), error
+
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
 specs = {0: (), 2: ("fsdp",), 3: (None, "fsdp")}
 def place(state):
@@ -185,8 +197,8 @@ with checkpoint.Checkpointer(workdir, SMALL) as checkpointer, distributed.Preemp
             break
     checkpointer.save(step, place(make_state(step)), {"samples": step * 10})
 print("stopped at", step, flush=True)
-jax.distributed.shutdown()
-sys.exit(4)
+distributed.FAREWELL_SECONDS = 2
+distributed.leave(4)
 """
 
 

@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import gc
-import hashlib
-import json
 import logging
 import math
 import os
@@ -36,15 +34,9 @@ from llm_jax.errors import CorruptCheckpointError, UserError
 from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
 from llm_jax.training.fingerprint import Arrays, fingerprint
+from llm_jax.training.record import DamagedCheckpoint, check_fit, make_record, read_record, root_cause, some
 
 Tree = Any
-
-FORMAT = 1
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be read, or whose content is not what was saved."""
-
 
 # -------------------------------------------------------------------------------------------- what is there
 
@@ -69,47 +61,9 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
 
 def _loss(path: Path) -> float:
     try:
-        return _read_record(path)["metrics"].get("eval/loss", math.inf)
+        return read_record(path)["metrics"].get("eval/loss", math.inf)
     except DamagedCheckpoint:
         return math.inf
-
-
-def _make_record(step: int, arrays: Arrays, data_state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict:
-    """What is saved beside the arrays: JSON, with a checksum of its own."""
-    prints = fingerprint(arrays)
-    record = {
-        "format": FORMAT,
-        "step": step,
-        "arrays": {
-            path: {"shape": list(a.shape), "dtype": str(a.dtype), "fingerprint": prints[path]}
-            for path, a in arrays.items()
-        },
-        "data": dict(data_state),
-        "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-    }
-    if json.loads(json.dumps(record["data"])) != record["data"]:
-        raise TypeError(f"the data state is not plain JSON, so it would not come back as it is: {data_state!r}")
-    return {"record": record, "sha256": _checksum(record)}
-
-
-def _checksum(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise DamagedCheckpoint("there is no such folder")
-    try:  # Orbax's own reader opens every array for this
-        found = json.loads((path / "_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"its metadata cannot be read ({_root_cause(error)})") from None
-    if not found or _checksum(found.get("record")) != found.get("sha256"):
-        raise DamagedCheckpoint("its record is missing or damaged")
-    if found["record"]["format"] != FORMAT:
-        raise UserError(f"{path} was saved in format {found['record']['format']}; this version reads {FORMAT}")
-    return found["record"]
 
 
 # ---------------------------------------------------------------------------------------- trees and arrays
@@ -135,33 +89,43 @@ def _load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> tuple[Ar
     """The arrays at the paths of `abstract`, as it says, and the record.
 
     Raises:
-      DamagedCheckpoint: unreadable, or a fingerprint differs.
+      DamagedCheckpoint: unreadable, or a fingerprint differs. On every process where it is so on one.
       UserError: another key, shape or dtype than was saved.
     """
-    record = _read_record(path)
-    _check_fit(path, record["arrays"], abstract, partial=partial)
+    record, reason = {}, ""
+    try:
+        record = read_record(path)
+    except DamagedCheckpoint as error:
+        reason = str(error)
+    _agree(reason)
+    check_fit(path, record["arrays"], abstract, partial=partial)
     placed = {
         key: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
         )
         for key, x in abstract.items()
     }
-    context, reason = ocp.Context(), ""
+    context = ocp.Context()
     context.pytree_options.loading.partial_load = partial
     with _quiet_libraries(), context:
         try:
             loaded = ocp.load_checkpointables(path, {"state": _nested(placed)})["state"]
         except Exception as error:  # whatever Orbax makes of files that are not what it wrote
             _reraise_if_environment(error)
-            reason = _root_cause(error)
-    if reason:
-        raise DamagedCheckpoint(f"its arrays cannot be read ({reason})")
+            reason = f"its arrays cannot be read ({root_cause(error)})"
+    _agree(reason)
     arrays = _by_path(loaded)
     found = fingerprint(arrays)
     different = [key for key in placed if found[key] != record["arrays"][key]["fingerprint"]]
     if different:
-        raise DamagedCheckpoint(f"{_some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
+        raise DamagedCheckpoint(f"{some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
     return arrays, record
+
+
+def _agree(reason: str) -> None:
+    """Where one process has a reason to reject a checkpoint all do, before any goes on to a step that takes all."""
+    if not distributed.all_true(not reason):
+        raise DamagedCheckpoint(reason or "another process could not read it")
 
 
 @contextlib.contextmanager
@@ -181,28 +145,6 @@ def _quiet_libraries() -> Iterator[None]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _check_fit(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], *, partial: bool) -> None:
-    """Orbax would cast another dtype, and with partial loading leave out a missing key, in silence."""
-    faults = [f"it has no {key}" for key in wanted if key not in saved]
-    if not partial:
-        faults += [f"it has {key}, which is not wanted" for key in saved if key not in wanted]
-    for key, x in wanted.items():
-        if key in saved:
-            there, here = (saved[key]["dtype"], tuple(saved[key]["shape"])), (str(x.dtype), tuple(x.shape))
-            if there != here:
-                faults.append(f"{key} is {there[0]}{list(there[1])} there and {here[0]}{list(here[1])} here")
-    if faults:
-        raise UserError(
-            f"the checkpoint {path} does not fit this config: {_some(faults, '; ')}. Use the config it was saved "
-            f"with ({path.parent.parent / 'config.json'})"
-        )
-
-
-def _some(items: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return separator.join(items[:4]) + more
 
 
 ENVIRONMENT_ERRORS = {
@@ -229,13 +171,6 @@ def _reraise_if_environment(error: BaseException) -> None:
         ):
             raise error
         cause = cause.__cause__
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words if len(words) < 320 else f'{words[:100]} ... {words[-200:]}'}"
 
 
 def _rebuild(abstract: Tree, arrays: Arrays) -> Tree:
@@ -284,14 +219,11 @@ def _load_newest(
 ) -> tuple[Arrays, dict[str, Any], int]:
     """Arrays, record and step of the first step of `tried` that is intact on every process."""
     for step in tried:
-        reason = ""
         try:
-            arrays, record = _load(_folder(workdir) / str(step), abstract, partial=partial)
+            return *_load(_folder(workdir) / str(step), abstract, partial=partial), step
         except DamagedCheckpoint as error:
             reason = str(error)
-        if distributed.all_true(not reason):
-            return arrays, record, step
-        (on_damage or _warn_of_damage(workdir))(step, reason or "another process could not read it")
+        (on_damage or _warn_of_damage(workdir))(step, reason)  # here, where the arrays of the failed load are free
     raise CorruptCheckpointError(
         f"no checkpoint in {_folder(workdir)} can be restored (tried {', '.join(map(str, tried))}). Restore the folder "
         "from a copy, or remove it to start over"
@@ -334,16 +266,13 @@ class Checkpointer:
         self._saving: int | None = None
         try:
             self._losses = {step: _loss(self._folder / str(step)) for step in steps(workdir)}
-            self._prepare_folder()
-            distributed.barrier("checkpoint folder ready")
+            distributed.on_main(self._prepare_folder)
             self._orbax = ocp.training.Checkpointer(self._folder, preservation_policy=_Keep(cfg, self._losses))
         except BaseException:
             self._lock.release()
             raise
 
     def _prepare_folder(self) -> None:
-        if not distributed.is_main():
-            return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -385,7 +314,7 @@ class Checkpointer:
         if any(checkpoint.step == step for checkpoint in self._orbax.checkpoints):
             return
         arrays = _by_path(state)
-        record = _make_record(step, arrays, data_state, metrics or {})
+        record = make_record(step, arrays, data_state, metrics or {})
         self._losses[step] = record["record"]["metrics"].get("eval/loss", math.inf)
         self._saving = step
         with self._named_errors():
@@ -447,7 +376,7 @@ class _NamedErrors:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, Exception):
             raise UserError(
-                f"the checkpoint of step {self.step} could not be written to {self.folder} ({_root_cause(error)}); "
+                f"the checkpoint of step {self.step} could not be written to {self.folder} ({root_cause(error)}); "
                 "older checkpoints are intact. Make room or mend the storage, and run the same command again"
             ) from error
 
@@ -504,12 +433,12 @@ def start(cfg: CheckpointConfig, checkpointer: Checkpointer, abstract_state: Tre
     aside = sorted(path.name for path in (workdir / "checkpoints").glob("*.corrupt*"))
     if cfg.resume == "never" and (own or aside):
         raise UserError(
-            f"checkpoint.resume='never', but {workdir} holds checkpoints ({_some([*map(str, own), *aside])}); choose "
+            f"checkpoint.resume='never', but {workdir} holds checkpoints ({some([*map(str, own), *aside])}); choose "
             "another work directory, remove that one, or set checkpoint.resume='auto' to go on"
         )
     if not own and aside:
         raise CorruptCheckpointError(
-            f"the checkpoints in {workdir} are all damaged ({_some(aside)}). Restore them from a copy, or remove the "
+            f"the checkpoints in {workdir} are all damaged ({some(aside)}). Restore them from a copy, or remove the "
             "folder to start over"
         )
     if own:
@@ -543,9 +472,7 @@ def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree
     state = dataclasses.replace(init(), params=None)  # the fresh parameters go before the others come
     params, step = restore_params(workdir, None, abstract_state.params)
     state = dataclasses.replace(state, params=params)
-    if state.ema is not None:
-        copies = jax.tree.map(jnp.copy, params)
-        state = dataclasses.replace(
-            state, ema=jax.tree.map(lambda p, old: jax.device_put(p, old.sharding), copies, state.ema)
-        )
+    if state.ema is not None:  # a copy, for both are donated; it may be wider than the parameters
+        copy = lambda p, old: jax.device_put(jnp.array(p, old.dtype), old.sharding)  # noqa: E731
+        state = dataclasses.replace(state, ema=jax.tree.map(copy, params, state.ema))
     return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}")

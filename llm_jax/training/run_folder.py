@@ -51,7 +51,7 @@ class Description:
 
 
 def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any, shapes: Any, axes: Any) -> None:
-    """Describe the run in its folder (on the main process alone); every file is whole or not there.
+    """Describe the run in its folder (the main process does); every file is whole or not there.
 
     Args:
       config: the resolved config (`config.to_dict`).
@@ -62,9 +62,6 @@ def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer:
     Raises:
       UserError: the folder cannot be written, or holds another tokenizer.
     """
-    if not distributed.is_main():
-        return
-    folder = Path(workdir)
     leaves = zip(
         jax.tree_util.tree_leaves_with_path(shapes),
         jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
@@ -73,6 +70,10 @@ def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer:
     parameters = {
         path_name(path): {"shape": x.shape, "dtype": str(x.dtype), "axes": names} for (path, x), names in leaves
     }
+    distributed.on_main(lambda: _write(Path(workdir), config, parameters, tokenizer))
+
+
+def _write(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Any], tokenizer: Any) -> None:
     sessions = _read_json(folder / "sessions.json") if (folder / "sessions.json").exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,14 +214,7 @@ class Lock:
 
     def __init__(self, workdir: str | os.PathLike[str]):
         self._file = None
-        refusal = ""
-        if distributed.is_main():
-            try:
-                self._take(Path(workdir) / "run.lock")
-            except UserError as error:
-                refusal = str(error)
-        if not distributed.all_true(not refusal):
-            raise UserError(refusal or f"process 0 could not lock the work directory {workdir}; it says why")
+        distributed.on_main(lambda: self._take(Path(workdir) / "run.lock"))
 
     def _take(self, path: Path) -> None:
         try:
