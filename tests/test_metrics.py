@@ -105,11 +105,13 @@ def test_a_full_disk_costs_one_warning_and_no_torn_line(tmp_path):
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     console = plain_console()
     with metrics.Metrics(tmp_path, total_steps=20, console=console) as writer:
-        writer.write(10, {"loss": 2.0, "bits_per_byte": 1.25, "tokens_per_second": 12345.6, "other": 1.0})
+        writer.write(10, {"loss": 2.0, "bits_per_byte": 1.25, "tokens_per_second_per_device": 12345.6, "other": 1.0})
+        writer.write(11, {"data_wait_share": 0.012, "padding_share": 0.1, "device_bytes_in_use": 3 << 29})
         writer.write(10, {"eval/loss": math.nan})
         writer.say("[saved] step 10")
     assert console.file.getvalue().splitlines() == [
-        "step 10/20  loss 2.0000  1.2500 bits/byte  12,346 tokens/s",
+        "step 10/20  loss 2.0000  1.2500 bits/byte  12,346 tokens/s/device",
+        "step 11/20  data wait 1%  padding 10%  memory 1.50 GiB  0:00:00 left",
         "step 10/20  evaluation loss nan",
         "[saved] step 10",
     ]
@@ -118,7 +120,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 def test_time_left_counts_from_the_first_record(tmp_path, monkeypatch):
     console, clock = plain_console(), iter([100.0, 110.0])
     with metrics.Metrics(tmp_path, total_steps=400, restored_step=9, console=console) as writer:
-        monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(metrics.writers.time, "monotonic", lambda: next(clock))
         writer.write(10, {"loss": 2.0})
         writer.write(20, {"loss": 2.0})
         monkeypatch.undo()
@@ -128,10 +130,10 @@ def test_time_left_counts_from_the_first_record(tmp_path, monkeypatch):
 def test_a_progress_bar_on_a_terminal(tmp_path):
     console = rich.console.Console(file=io.StringIO(), width=100, force_terminal=True)
     with metrics.Metrics(tmp_path, total_steps=20, restored_step=10, console=console) as writer:
-        writer.write(20, {"loss": 2.0, "bits_per_byte": 1.25, "tokens_per_second": 12345.6})
+        writer.write(20, {"loss": 2.0, "bits_per_byte": 1.25, "tokens_per_second_per_device": 12345.6})
         writer.write(20, {"eval/loss": 3.0})
     shown = console.file.getvalue()
-    assert "20/20" in shown and "loss 2.0000  1.2500 bits/byte  12,346 tokens/s" in shown
+    assert "20/20" in shown and "loss 2.0000  1.2500 bits/byte  12,346 tokens/s/device" in shown
     assert "step 20/20  evaluation loss 3.0000" in shown
 
 

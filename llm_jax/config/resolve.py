@@ -46,15 +46,16 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) of every key on which two configs differ; None where one lacks the key."""
-    flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
+    flat_a, flat_b = flatten(to_dict(a)), flatten(to_dict(b))
     keys = list(flat_a) + [key for key in flat_b if key not in flat_a]
     return [(key, flat_a.get(key), flat_b.get(key)) for key in keys if flat_a.get(key) != flat_b.get(key)]
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.num_layers": 4, ...} of nested dicts."""
     flat = {}
     for name, value in nested.items():
-        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
     return flat
 
 
@@ -63,7 +64,10 @@ def _build(base: Any, raw: Any, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(base)}
     if not isinstance(raw, Mapping):
         raise refuse(
-            prefix[:-1] or "the config", raw, "this is a group of keys, not one value", f"set {prefix}{next(iter(fields))} and so on"
+            prefix[:-1] or "the config",
+            raw,
+            "this is a group of keys, not one value",
+            f"set {prefix}{next(iter(fields))} and so on",
         )
     kinds = typing.get_type_hints(type(base))
     changes = {}
