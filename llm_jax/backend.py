@@ -13,12 +13,6 @@ from pathlib import Path
 
 from llm_jax.config.schema import Config
 
-# Measured on small transformers: wider vectors, and XLA's newer library for reductions alone, take a tenth off a step.
-CPU_COMPILER_OPTIONS = {
-    "xla_cpu_prefer_vector_width": 512,
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-}
-
 MIN_COMPILE_SECONDS = 0.5  # what compiles faster is not worth a file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import backend, distributed, metrics, sharding
+from llm_jax import distributed, metrics, sharding
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.data import loader, store
 from llm_jax.errors import Preempted
@@ -173,8 +173,7 @@ def evaluate(
 
 def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
-    options = backend.CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
-    compiled = train_step.lower(state, batch).compile(compiler_options=options)
+    compiled = train_step.lower(state, batch).compile()
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
