@@ -84,6 +84,21 @@ def test_the_warning_about_rematerialization_would_be_seen(capfd, monkeypatch):
     assert remat_warnings(capfd)
 
 
+def test_evaluation_is_the_same_on_a_mesh():
+    """Sums over all devices, the vocabulary split over some of them."""
+    sums = []
+    for layout in (Layout(), mesh_layout(2, 2, 2)):
+        model = build(CONFIGS["learned"], layout)
+        evaluate = jax.jit(
+            lambda params, batch, model=model: LanguageObjective().evaluation(model, params, batch),
+            compiler_options=QUICK,
+        )
+        batch = layout.put_batch(packed(ROWS, LENGTH) | {"target_bytes": np.ones((ROWS, LENGTH), np.int32)}, ROWS)
+        sums.append(jax.tree.map(np.asarray, evaluate(numbers(model), batch)))
+    assert sums[0].keys() == {"nats", "tokens", "correct", "bytes"}
+    assert_close(sums[1], sums[0], atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ accumulation
 
 
@@ -142,8 +157,9 @@ def start(layout=None, accumulation=1, ema_decay=0.0, dtype="float32", cfg=CONFI
     abstract = train_state.abstract(model, tx, layout, ema=ema_decay > 0)
     rate = optim.learning_rate(settings, STEPS)
     train_step = step.make_train_step(
-        model, LanguageObjective(), tx, rate, layout, abstract, seed=0, accumulation=accumulation, ema_decay=ema_decay
-    )
+        model, LanguageObjective(), tx, rate, layout, abstract, seed=0, accumulation=accumulation,
+        ema_decay=ema_decay, trainable=optim.trainable_mask(settings, model.shapes()),
+    )  # fmt: skip
     if init:
         state = init(model, tx, abstract)
     else:
@@ -272,6 +288,25 @@ def test_metrics_say_what_was_done(single):
             np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
             np.testing.assert_allclose(metrics["loss"], terms["loss"], rtol=1e-6)
     assert [int(x) for x in (state.step, state.updates, state.bad_in_a_row, state.bad_total)] == [3, 3, 0, 0]
+
+
+def test_frozen_parameters_stay_and_do_not_count():
+    """The norm reported is the one that is clipped by; the bytes that the targets stand for are passed on."""
+    run = start(cfg=SMALL, freeze=("embedding/.*", "stack/.*/mlp/.*"))
+    before = jax.tree.map(np.asarray, run.state.params)
+    batch = run.batch(target_bytes=np.full((ROWS, LENGTH), 2, np.int32))
+    state, metrics = quick(run, batch)(run.state, batch)
+    gradients = functools.partial(step.gradients, build(SMALL), LanguageObjective(), layout=Layout(), seed=0, step=0)
+    grads, _, _ = jax.jit(gradients, compiler_options=QUICK)(before, batch)
+    total = 0.0
+    for (path, grad), old, new in zip(
+        jax.tree_util.tree_leaves_with_path(grads), *map(jax.tree.leaves, (before, state.params)), strict=True
+    ):
+        frozen = "embedding" in jax.tree_util.keystr(path) or "'mlp'" in jax.tree_util.keystr(path)
+        assert (np.asarray(new) == old).all() == frozen, path
+        total += 0 if frozen else (np.asarray(grad, np.float64) ** 2).sum()
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(total), rtol=1e-5)
+    assert float(metrics["bytes"]) == 2 * ROWS * LENGTH
 
 
 def test_the_average_follows_its_formula(single):
