@@ -100,6 +100,11 @@ def test_inverse_sqrt_schedule():
     np.testing.assert_allclose(rates(cfg, 100, [0, 3, 15]), [1, 0.5, 0.25], rtol=1e-6)
 
 
+def test_a_warmup_and_a_cooldown_may_fill_the_run():
+    cfg = OptimConfig(learning_rate=1.0, schedule="wsd", warmup_steps=2, cooldown_ratio=0.8, final_ratio=0.0)
+    np.testing.assert_allclose(rates(cfg, 10, [1, 2, 9]), [2 / 3, 1, 0], atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt", "wsd"])
 def test_a_run_of_one_update_has_the_peak_rate(schedule):
     assert rates(OptimConfig(learning_rate=0.5, schedule=schedule), 1, [0]) == [0.5]
@@ -108,10 +113,9 @@ def test_a_run_of_one_update_has_the_peak_rate(schedule):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(warmup_steps=10), "never reaches its peak"),
-        (dict(warmup_steps=2, warmup_ratio=0.1), "both set"),
-        (dict(warmup_steps=5, decay_steps=5), "decay would end before"),
-        (dict(schedule="constant", decay_steps=5), "no meaning"),
+        (dict(warmup_steps=10), "would never reach its peak"),
+        (dict(warmup_steps=2, warmup_ratio=0.1), "warmup_ratio = 0.1 is set too"),
+        (dict(warmup_steps=5, decay_steps=5), "warm-up lasts until update 5"),
         (dict(schedule="wsd", warmup_steps=5, cooldown_ratio=0.8), "do not fit"),
     ],
 )

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.config.checks import check_optim, warmup_updates
 from llm_jax.config.schema import OptimConfig
 from llm_jax.errors import ConfigError
+from llm_jax.precision import at_least_float32
 from llm_jax.sharding import path_name
 
 Tree = Any  # nested dicts of leaves
@@ -40,10 +42,14 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
         inverse_sqrt   peak * sqrt(w / i), with w = 1 and i + 1 where there is no warm-up
 
     The first three stay at final = final_ratio * peak after T; the last two have no end.
+
+    Raises:
+      ConfigError: the warm-up and the decay do not fit into the run.
     """
+    check_optim(cfg, total_updates)
     peak, final = cfg.learning_rate, cfg.final_ratio * cfg.learning_rate
-    w = _warmup_updates(cfg, total_updates)
-    decay = _decay_updates(cfg, total_updates, w)
+    w = warmup_updates(cfg, total_updates)
+    decay = max((cfg.decay_steps or total_updates - 1) - w, 1)  # from the warm-up's end to the decay's
     warmup = {
         "(i+1)/(w+1)": lambda i: peak * (i + 1) / (w + 1),
         "(i+1)/w": lambda i: peak * (i + 1) / w,
@@ -55,12 +61,7 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
         case "linear":
             after = optax.linear_schedule(peak, final, decay)
         case "wsd":
-            cooldown = round(cfg.cooldown_ratio * total_updates)
-            if cooldown > decay:
-                raise ConfigError(
-                    f"optim: a warm-up of {w} updates and a cooldown of {cooldown} do not fit before update "
-                    f"{w + decay}, where the decay ends; lower optim.cooldown_ratio or the warm-up, or train longer"
-                )
+            cooldown = min(round(cfg.cooldown_ratio * total_updates), decay)  # may begin at the peak itself
             stable = optax.constant_schedule(peak)
             falling = optax.linear_schedule(peak, final, max(cooldown, 1))
             after = optax.join_schedules([stable, falling], [decay - cooldown])
@@ -70,36 +71,6 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
             after = lambda i: peak * jnp.sqrt(max(w, 1) / (jnp.maximum(i, 0) + max(w, 1)))  # noqa: E731
     schedule = optax.join_schedules([warmup, after], [w]) if w else after
     return lambda i: jnp.asarray(schedule(jnp.asarray(i)), jnp.float32)
-
-
-def _warmup_updates(cfg: OptimConfig, total_updates: int) -> int:
-    if cfg.warmup_steps and cfg.warmup_ratio:
-        raise ConfigError(
-            f"optim.warmup_steps={cfg.warmup_steps} and optim.warmup_ratio={cfg.warmup_ratio} are both set; keep one"
-        )
-    w = cfg.warmup_steps or round(cfg.warmup_ratio * total_updates)
-    if w and w >= total_updates:
-        raise ConfigError(
-            f"optim: the warm-up takes {w} updates and the run has {total_updates}, so the learning rate never "
-            "reaches its peak; lower optim.warmup_steps (or warmup_ratio) or train longer"
-        )
-    return w
-
-
-def _decay_updates(cfg: OptimConfig, total_updates: int, w: int) -> int:
-    """Updates between the end of the warm-up and the end of the decay."""
-    if not cfg.decay_steps:
-        return max(total_updates - 1 - w, 1)
-    if cfg.schedule in ("constant", "inverse_sqrt"):
-        raise ConfigError(
-            f"optim.decay_steps={cfg.decay_steps} has no meaning for optim.schedule={cfg.schedule!r}, which has no "
-            "end; set it to 0 or choose cosine, linear or wsd"
-        )
-    if cfg.decay_steps <= w:
-        raise ConfigError(
-            f"optim.decay_steps={cfg.decay_steps}: the decay would end before the warm-up of {w} updates; raise it"
-        )
-    return cfg.decay_steps - w
 
 
 # --------------------------------------------------------------------------------------- what a parameter is
@@ -227,7 +198,7 @@ def global_norm(tree: Tree, where: Tree | None = None) -> jax.Array:
     """L2 norm over all leaves, or over those where the tree of bools `where` is True; a float32 scalar."""
     if where is not None:
         tree = [x for x, keep in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True) if keep]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(_promote(x))) for x in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(at_least_float32(x))) for x in jax.tree.leaves(tree)))
 
 
 def _scale_by_optimizer(
@@ -325,13 +296,9 @@ def _map_table(f: Callable[..., jax.Array], table: Tree, *trees: Tree) -> Tree:
 
 def _at_least_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-        return tx.update(jax.tree.map(_promote, updates), state, jax.tree.map(_promote, params))
+        return tx.update(jax.tree.map(at_least_float32, updates), state, jax.tree.map(at_least_float32, params))
 
-    return optax.GradientTransformation(lambda params: tx.init(jax.tree.map(_promote, params)), update)
-
-
-def _promote(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return optax.GradientTransformation(lambda params: tx.init(jax.tree.map(at_least_float32, params)), update)
 
 
 def _check_axes(shapes: Tree, axes: Tree) -> None:
