@@ -8,11 +8,18 @@ import re
 from typing import Any
 
 from llm_jax.config.resolve import to_dict
-from llm_jax.config.schema import Config, DataConfig, DecoderConfig, MeshConfig, OptimConfig, SourceConfig
+from llm_jax.config.schema import (
+    TOKEN_FORMATS,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    OptimConfig,
+    SourceConfig,
+)
 from llm_jax.config.values import did_you_mean, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
 MESH_AXES = ("data", "fsdp", "tensor")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
@@ -289,6 +296,7 @@ def check_source(cfg: Config, key: str, source: SourceConfig) -> None:
 
 
 def check_optim(optim: OptimConfig, steps: int | None) -> None:
+    """Refuse a schedule that cannot be followed; of a run whose length the data alone can tell, what shows without."""
     if optim.warmup_steps and optim.warmup_ratio:
         reason = f"optim.warmup_ratio = {optim.warmup_ratio:g} is set too, and there is one warm-up"
         raise refuse("optim.warmup_steps", optim.warmup_steps, reason, "set one of them to 0")
@@ -299,8 +307,12 @@ def check_optim(optim: OptimConfig, steps: int | None) -> None:
         raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make the two add up to at most 1")
 
 
+def warmup_updates(optim: OptimConfig, steps: int) -> int:
+    return optim.warmup_steps or round(optim.warmup_ratio * steps)
+
+
 def check_schedule(optim: OptimConfig, steps: int) -> None:
-    warmup = optim.warmup_steps or round(optim.warmup_ratio * steps)
+    warmup = warmup_updates(optim, steps)
     if warmup >= steps:
         key, value = (
             ("warmup_steps", optim.warmup_steps) if optim.warmup_steps else ("warmup_ratio", optim.warmup_ratio)

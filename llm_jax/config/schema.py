@@ -87,7 +87,7 @@ class DecoderConfig:
     norm_eps: float = positive(1e-5)
     norm_scale: bool = True  # False: norms without learned parameters
     norm_placement: str = one_of("pre", "post")
-    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu")
+    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu")  # gelu by erf; geglu by tanh, as in T5
     bias: str = one_of("none", "all", "qkv")  # which linear layers (and, for "all", LayerNorms) have a bias
     tie_embeddings: bool = True  # the output head is the embedding, transposed
     embedding_scale: bool = False  # multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)
@@ -111,9 +111,8 @@ ModelConfig = DecoderConfig
 
 # ----------------------------------------------------------------------------------------------------- data
 
-DATA_FORMATS = (
-    "auto", "text", "jsonl", "parquet", "arrayrecord", "nanogpt", "llmc", "megatron", "hf", "stdlib", "synthetic",
-)  # fmt: skip
+TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
+DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "synthetic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +211,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    params: str = one_of("float32", "bfloat16", "float64")
+    params: str = one_of("float32", "bfloat16", "float64")  # bfloat16 loses updates below 1/512 of a parameter
     compute: str = one_of("float32", "bfloat16", "float64")
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.backend import cache_folder
 from llm_jax.config.schema import DataConfig
 from llm_jax.data import tokenizers, vocabulary
 from llm_jax.data.locks import locked
@@ -114,8 +115,7 @@ def prepare(cfg: DataConfig, progress: Callable[[str], None] | None = None) -> l
     """
     talk = Progress(progress)
     jobs = _jobs(cfg)
-    cache = cfg.cache_dir or os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax"
-    cache = os.path.abspath(os.path.expanduser(cache))
+    cache = os.path.abspath(os.path.expanduser(cfg.cache_dir or cache_folder()))
     recipe = vocabulary.recipe(cfg, jobs)
     folders = [_folder(cache, job, recipe) for job in jobs]
     if missing := [(job, folder) for job, folder in zip(jobs, folders, strict=True) if not os.path.exists(folder)]:
@@ -146,7 +146,9 @@ def _make_cache(cache: str) -> None:
     try:
         os.makedirs(os.path.join(cache, "stores"), exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc, or a file in the way
-        raise DataError(f"There can be no folder {cache} for prepared data ({error.strerror}): correct data.cache_dir.") from error
+        raise DataError(
+            f"There can be no folder {cache} for prepared data ({error.strerror}): correct data.cache_dir."
+        ) from error
 
 
 def _jobs(cfg: DataConfig) -> list[Job]:
@@ -211,8 +213,9 @@ def require_ids_below(stores: Sequence[Store], vocab_size: int) -> None:
         for name in store.manifest["splits"]:
             tokens = store.split(name).tokens
             if (beyond := np.flatnonzero(tokens >= vocab_size)).size:
+                place = int(beyond[0])
                 raise DataError(
-                    f"{store.manifest['source']['path']} holds the token id {tokens[beyond[0]]} (token {beyond[0]:,} of the "
+                    f"{store.manifest['source']['path']} holds the token id {tokens[place]} (token {place:,} of the "
                     f"{name} split), and model.vocab_size={vocab_size:,}: give the files that were made for this "
                     f"vocabulary, or set model.vocab_size={store.tokenizer.vocab_size} or more."
                 )

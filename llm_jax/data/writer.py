@@ -18,7 +18,7 @@ from llm_jax.data.splits import TRAIN, VALIDATION, Split, plan_split
 from llm_jax.data.tokenizers import NoTokenizer, Tokenizer, token_dtype
 from llm_jax.errors import DataError
 
-VERSION = 1  # of the layout and of what preparing does; a new one makes new stores
+VERSION = 2  # of the layout and of what preparing does; a new one makes new stores
 MANIFEST = "manifest.json"
 SHARD_UNITS = 1 << 23  # characters or tokens a shard, before tokenizing
 YARDSTICK_BYTES = 8_000_000
@@ -279,7 +279,7 @@ def _describe(job: Job, split: Split, tokenizer: Tokenizer, state: State) -> dic
         "bad_records": {"count": state.bad, "first": list(state.examples)},
         "empty_documents": state.empty,
         "splits": {},
-        "yardsticks": None,
+        "yardsticks": {},
     }
 
 
@@ -297,11 +297,11 @@ def digest_of(path: str) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def yardsticks(text: bytes, validation_bytes: int) -> dict[str, Any] | None:
+def yardsticks(text: bytes, validation_bytes: int) -> dict[str, float]:
     """What a model has to beat on the validation text, in bits per byte: `xz -9`, and the best model that knows only
-    how often each byte occurs. On the first YARDSTICK_BYTES of the documents joined together; None without text."""
+    how often each byte occurs. On the first YARDSTICK_BYTES of the documents joined together; empty without text."""
     if not text:
-        return None
+        return {}
     counts = np.bincount(np.frombuffer(text, np.uint8))
     shares = counts[counts > 0] / len(text)
     result = {
@@ -312,5 +312,5 @@ def yardsticks(text: bytes, validation_bytes: int) -> dict[str, Any] | None:
     try:
         import lzma
     except ImportError:  # a Python built without it
-        return result | {"xz_bits_per_byte": None}
+        return result
     return result | {"xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text)}

@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.config.schema import DATA_FORMATS, SourceConfig
+from llm_jax.config.schema import DATA_FORMATS, TOKEN_FORMATS, SourceConfig
 from llm_jax.data.sources import builtin, hub, records, text, token_files
 from llm_jax.data.sources.documents import BadRecord, Document, InputFile
 from llm_jax.data.sources.streams import Meter, reading
 from llm_jax.errors import ConfigError, DataError
 
-__all__ = ["BadRecord", "Document", "InputFile", "Position", "Source", "TOKEN_FORMATS", "open_source"]
+__all__ = ["BadRecord", "Document", "InputFile", "Position", "Source", "open_source"]
 
-TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")
 _RECORD_FORMATS = ("jsonl", "parquet", "arrayrecord", "hf")
 
 
