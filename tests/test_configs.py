@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK
+from tiny import QUICK, quick_compiler
 
-from llm_jax import backend, cli, metrics, rng, sharding
+from llm_jax import cli, metrics, rng, sharding
 from llm_jax.config import check, config_names, find_config, load, to_dict
 from llm_jax.models import registry
 from llm_jax.models.flops import training_flops
@@ -88,14 +88,6 @@ def test_describes_itself(capsys, tmp_path, spec):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    monkeypatch.setattr(backend, "CPU_COMPILER_OPTIONS", QUICK)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def distinct() -> list[str]:
     """The configs that still differ when they are shrunk: the sizes of one recipe are the same then."""
     found = {}
@@ -105,13 +97,13 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("spec", distinct())
 def test_trains_when_shrunk(capsys, tmp_path, spec):
     for number, name in enumerate(("train.bin", "val.bin")):
         np.random.default_rng(number).integers(0, 300, 5000).astype(np.uint16).tofile(tmp_path / name)
     arguments = ["train", f"--config={spec}", f"--workdir={tmp_path}/run", *shrunk(spec, tmp_path)]
-    code = cli.main(arguments)
+    with quick_compiler():
+        code = cli.main(arguments)
     assert code == 0, capsys.readouterr().err
     records = metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     first, last = (next(r for r in order if "loss" in r) for order in (records, records[::-1]))

@@ -1,5 +1,6 @@
 """Tiny models, batches and comparisons that the tests of models, sharding, training and generation share."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -16,6 +17,16 @@ from llm_jax.sharding import Layout, make_layout
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False  # later ones have no other way to make code
+
+
+@contextlib.contextmanager
+def quick_compiler():
+    """The same for whole commands, which compile as they like."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def decoder(**changes) -> DecoderConfig:

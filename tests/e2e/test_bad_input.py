@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import runs
-from tiny import QUICK
+from tiny import quick_compiler
 
-from llm_jax import backend, cli
+from llm_jax import cli
 from llm_jax.training import checkpoint
 
 RANDOM = np.random.default_rng(0).bytes(6000)
@@ -51,13 +51,12 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def llm_jax(capsys, monkeypatch):
+def llm_jax(capsys):
     """A command in this process; gives its stdout and stderr, and asserts the exit code."""
-    monkeypatch.setattr(backend, "CPU_COMPILER_OPTIONS", QUICK)
-
     def call(*arguments, code=0):
         capsys.readouterr()
-        found = cli.main([str(a) for a in arguments])
+        with quick_compiler():
+            found = cli.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         assert found == code, (found, err)
         return out, err

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 import runs
-from tiny import QUICK
+from tiny import quick_compiler
 
-from llm_jax import backend, cli
+from llm_jax import cli
 from llm_jax.training import checkpoint, report, train
 
 EVERYTHING = ("train", "--config=smoke/everything", "--config.checkpoint.every=5", "--config.log.trackers=")
@@ -75,12 +75,12 @@ def test_stopped_in_every_other_way_the_losses_are_the_same_bit_for_bit(uninterr
 
 
 @pytest.fixture
-def tiny(tmp_path, capsys, monkeypatch):
+def tiny(tmp_path, capsys):
     """Runs a tiny config with changes in this process; gives its exit code, stdout and stderr."""
-    monkeypatch.setattr(backend, "CPU_COMPILER_OPTIONS", QUICK)
 
     def run(*overrides, steps=12):
-        code = cli.main(["train", runs.TINY, f"--workdir={tmp_path}", f"--config.train.steps={steps}", *overrides])
+        with quick_compiler():
+            code = cli.main(["train", runs.TINY, f"--workdir={tmp_path}", f"--config.train.steps={steps}", *overrides])
         return code, *capsys.readouterr()
 
     return run

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import runs
 
-from tiny import QUICK
+from tiny import quick_compiler
 
-from llm_jax import backend, cli, metrics
+from llm_jax import cli, metrics
 from llm_jax.training import checkpoint
 
 SMOKE = ("--config=smoke/everything", "--config.log.trackers=", "--config.generate.max_tokens=8")
@@ -36,13 +36,12 @@ def trained(folder):
 
 
 @pytest.fixture
-def here(capsys, monkeypatch):
+def here(capsys):
     """`llm-jax` inside this process, which has eight devices; asserts the exit code and that there is no traceback."""
-    monkeypatch.setattr(backend, "CPU_COMPILER_OPTIONS", QUICK)
-
     def call(*arguments, code=0):
         capsys.readouterr()
-        found = cli.main([str(a) for a in arguments])
+        with quick_compiler():
+            found = cli.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         assert found == code, err
         assert "Traceback" not in err

@@ -1,0 +1,389 @@
+"""Every key of the config changes something: one table says where each shows (those of the model: test_decoder.py)."""
+
+import types
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_decoder
+from tiny import quick_compiler
+
+from llm_jax import cli
+from llm_jax.config import check, load
+from llm_jax.config.resolve import all_keys
+from llm_jax.data import loader, store
+from llm_jax.errors import DataError, UserError
+from llm_jax.generation.generate import Row
+from llm_jax.generation.sampling import filtered
+from llm_jax.models import registry
+from llm_jax.objectives.language import LanguageObjective
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout, abstract_layout
+from llm_jax.training import checkpoint, optim, train
+from llm_jax.training import state as train_state
+from llm_jax.training.step import make_train_step
+
+BASE = [
+    "train.steps=20", "train.global_batch_size=8", "data.sequence_length=16", "model.max_length=16", "model.num_layers=1",
+    "model.embed_dim=16", "model.num_heads=2", "data.path=PATH/a.txt", "optim.learning_rate=0.01",
+]  # fmt: skip
+STORY = "Ada has 3 apples. Ben gives her 4 more, so now she has 7.\n\n"
+JSONL = '{"text": "%s", "body": "%s"}\n'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text(STORY * 60)
+    (folder / "b.txt").write_text(STORY.upper() * 60)
+    (folder / "records.jsonl").write_text("".join(JSONL % (f"story {i} " * 9, f"other {i} " * 9) for i in range(80)))
+    (folder / "lines.txt").write_text("".join("x" * (1 + 5 * i % 13) + "\n" for i in range(300)))
+    (folder / "bad.jsonl").write_text((JSONL % ("fine " * 9, "") * 80) + "{\n")
+    return folder
+
+
+# ------------------------------------------------------------------------------- what a key can show in: observers
+# Each takes a config and returns something to compare; an error of ours is an answer too.
+
+
+def stores(cfg, folder):
+    """Tokens, documents and split of each source."""
+    return [store.manifest["splits"] for store in store.prepare(cfg.data)]
+
+
+def caches(cfg, folder):
+    return [store.folder for store in store.prepare(cfg.data)]
+
+
+def stream(cfg, folder):
+    """The first batches."""
+    with_stores = store.prepare(cfg.data)
+    batches = loader.make_train(with_stores, cfg.data, cfg.train.global_batch_size, cfg.seed, Layout())
+    try:
+        return [{name: np.asarray(array).tolist() for name, array in next(batches).items()} for _ in range(6)]
+    finally:
+        batches.close()
+
+
+def reading(cfg, folder):
+    """How Grain is asked to read ahead."""
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grain, "ReadOptions", lambda **options: asked.update(options) or (_ for _ in ()).throw(UserError()))
+        patch.setattr(grain, "MultiprocessingOptions", lambda **options: asked.update(options))
+        batches = loader.make_train(store.prepare(cfg.data), cfg.data, 8, 0, Layout())
+        with pytest.raises(UserError):
+            next(batches)
+        batches.close()
+    return asked
+
+
+def rates(cfg, folder):
+    return [float(optim.learning_rate(cfg.optim, train.run_steps(cfg))(i)) for i in range(20)]
+
+
+def model_of(cfg, layout):
+    cfg = train.with_vocabulary(cfg, 257)
+    return registry.build(cfg.model, layout, Precision.make(cfg.precision))
+
+
+def updates(cfg, folder):
+    """Two updates of the optimizer, on fixed parameters and gradients."""
+    model = model_of(cfg, Layout())
+    shapes = model.shapes()
+    tx = optim.make(cfg.optim, 20, shapes, model.axes())
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), shapes)
+    state, found = tx.init(params), []
+    for scale in (0.5, 2.0):
+        grads = jax.tree.map(lambda x: scale * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), shapes)  # noqa: B023
+        changes, state = tx.update(grads, state, params)
+        found.append(jax.tree.map(lambda x: np.asarray(x).tolist(), changes))
+    return found
+
+
+def program(cfg, folder):
+    """The step of training, as it is traced."""
+    model = model_of(cfg, Layout())
+    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
+    state = train_state.abstract(model, tx, Layout(), ema=cfg.train.ema_decay > 0)
+    shape = (cfg.train.global_batch_size, cfg.data.sequence_length)
+    whole = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
+    step = make_train_step(
+        model, objective, tx, optim.learning_rate(cfg.optim, 20), Layout(), state,
+        seed=cfg.seed, accumulation=cfg.train.accumulation, ema_decay=cfg.train.ema_decay,
+    )  # fmt: skip
+    return str(jax.make_jaxpr(step)(state, whole | {"loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32)}))
+
+
+def length(cfg, folder):
+    return train.total_steps(cfg, epoch_rows=1000)
+
+
+def shards(cfg, folder):
+    """How parameters, optimizer state and the batch are split."""
+    layout = abstract_layout(cfg.mesh, 8)
+    model = model_of(cfg, layout)
+    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
+    state = train_state.abstract(model, tx, layout, ema=False)
+    return [str(x.sharding.spec) for x in jax.tree.leaves(state)], layout.mesh.shape, layout.batch_sharding()
+
+
+def devices(cfg, folder):
+    train.check_devices(cfg, 8)
+
+
+def evaluation(cfg, folder):
+    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
+    batches = loader.make_eval(
+        store.prepare(cfg.data), cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, Layout()
+    )
+    return [np.asarray(batch["tokens"]).tolist() for batch in batches.at(3)]
+
+
+def kept(cfg, folder):
+    """Which of ten checkpoints stay; the earlier, the better."""
+    keep = checkpoint._Keep(cfg.checkpoint, {step: float(step) for step in range(1, 11)})
+    return keep.should_preserve([types.SimpleNamespace(step=step) for step in range(1, 11)], context=None)
+
+
+def beginning(cfg, folder):
+    empty = types.SimpleNamespace(workdir=folder, steps=list)
+    return checkpoint.start(cfg.checkpoint, empty, None, lambda: "fresh").how
+
+
+def beginning_again(cfg, folder):
+    there = types.SimpleNamespace(workdir=folder, steps=lambda: [5], _put_aside=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_whole_state", lambda *args, **_: types.SimpleNamespace(how="goes on"))
+        return checkpoint.start(cfg.checkpoint, there, None, None).how
+
+
+def choices(cfg, folder):
+    """Logits from which the next token is drawn."""
+    return filtered(jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]])), cfg.generate).tolist()
+
+
+def cut(cfg, folder):
+    row = Row([0], cfg.generate.stop)
+    return [row.add(b"one "), row.add(b"two"), row.done]
+
+
+def sampled(cfg, folder):
+    """What is sampled at the end of a run."""
+    asked = []
+
+    def generator(prompts, cfg, seed):
+        asked.append((prompts, cfg.max_tokens, seed))
+        return [""]
+
+    generator.default_prompt = "\n"
+    out = types.SimpleNamespace(history=list, close=lambda: None)
+    train.finish(cfg, str(folder), out, [types.SimpleNamespace(manifest={})], generator)
+    return asked
+
+
+def where(cfg, folder):
+    """The folder of a run that names none."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "make_writable", found.append)
+        patch.setattr(train, "train", lambda *_: None)
+        cli.main(["train", "--config=quickstart", f"--config.name={cfg.name}"])
+    return found
+
+
+def traced(cfg, folder):
+    """Before which steps a profiler trace starts and ends."""
+    found, now = [], None
+    with pytest.MonkeyPatch.context() as patch, train.Profiler(cfg.log, "") as profiler:
+        patch.setattr(jax.profiler, "start_trace", lambda _: found.append(now))
+        patch.setattr(jax.profiler, "stop_trace", lambda: found.append(now))
+        for now in range(10):
+            profiler.before(now)
+    return found
+
+
+def run(cfg, folder):
+    """A whole run of a few steps, and the traces that it leaves."""
+    workdir = folder / "runs" / str(len(list((folder / "runs").glob("*"))))
+    workdir.mkdir(parents=True)
+    with quick_compiler():
+        train.train(cfg, str(workdir))
+    records = train.metrics.read_jsonl(workdir / "metrics.jsonl")
+    return {
+        "log.every": [r["step"] for r in records if "loss" in r],
+        "eval.every": [r["step"] for r in records if "eval/loss" in r],
+        "checkpoint.every": checkpoint.steps(workdir),
+        "log.trackers": (workdir / "tensorboard").exists(),
+    }
+
+
+MIXED = ("data.path=stdlib", "data.mixture.a.path=PATH/a.txt", "data.mixture.b.path=PATH/b.txt")
+RECORDS = ("data.path=PATH/records.jsonl",)
+WARM = ("optim.warmup_steps=4",)
+WSD = ("optim.schedule=wsd",)
+LINES = ("data.path=PATH/lines.txt", "data.separator=\n")
+FIT = ("data.packing=best_fit",)
+ONE = "data.mixture.a."
+
+# key: (observer, new value, what the base has besides)
+KEYS = {
+    "name": (where, "other"),
+    "seed": (stream, 5),
+    "data.path": (stores, "PATH/b.txt"),
+    "data.format": (stores, "jsonl", *RECORDS, "data.format=text"),
+    "data.validation_path": (stores, "PATH/b.txt"),
+    "data.text_key": (stores, "body", *RECORDS),
+    "data.separator": (stores, "\n\n"),
+    "data.mixture.NAME.path": (stores, "PATH/b.txt", *MIXED),
+    "data.mixture.NAME.format": (stores, "text", *MIXED, "data.mixture.a.path=PATH/records.jsonl"),
+    "data.mixture.NAME.validation_path": (stores, "PATH/b.txt", *MIXED),
+    "data.mixture.NAME.text_key": (stores, "body", *MIXED, "data.mixture.a.path=PATH/records.jsonl"),
+    "data.mixture.NAME.separator": (stores, "\n\n", *MIXED),
+    "data.mixture.NAME.weight": (stream, 9, *MIXED),
+    "data.mixture_temperature": (stream, 4, *MIXED, "data.mixture.a.weight=9"),
+    "data.tokenizer": (stores, "char"),
+    "data.tokenizer_vocab_size": (stores, 262, "data.tokenizer=bpe", "data.tokenizer_vocab_size=280"),
+    "data.eos": (stores, "none"),
+    "data.sequence_length": (stream, 8),
+    "data.packing": (stream, "first_fit", *LINES),
+    "data.long_documents": (stream, "drop", *FIT),
+    "data.mask_documents": (stream, False, "data.separator=\n\n"),
+    "data.shuffle": (stream, False),
+    "data.validation_fraction": (stores, 0.2),
+    "data.validation_split": (stores, "tail", "data.separator=\n\n"),
+    "data.max_bad_records": (stores, 1, "data.path=PATH/bad.jsonl"),
+    "data.cache_dir": (caches, "PATH/cache"),
+    "data.prefetch": (reading, 3),
+    "data.workers": (reading, 2),
+    "train.steps": (length, 30),
+    "train.tokens": (length, 4096, "train.steps=0", "train.tokens=2048"),
+    "train.epochs": (length, 2.0, "train.steps=0", "train.epochs=1"),
+    "train.global_batch_size": (stream, 16),
+    "train.per_device_batch_size": (devices, 2),
+    "train.accumulation": (program, 2),
+    "train.z_loss": (program, 1e-3),
+    "train.label_smoothing": (program, 0.1),
+    "train.max_bad_steps": None,  # e2e/test_kill.py: the run stops after as many
+    "train.ema_decay": (program, 0.9),
+    "optim.name": (updates, "lion"),
+    "optim.learning_rate": (rates, 1.0),
+    "optim.schedule": (rates, "linear"),
+    "optim.warmup_steps": (rates, 4),
+    "optim.warmup_ratio": (rates, 0.5),
+    "optim.warmup_form": (rates, "i/w", *WARM),
+    "optim.decay_steps": (rates, 10),
+    "optim.cooldown_ratio": (rates, 0.4, *WSD),
+    "optim.final_ratio": (rates, 0.5),
+    "optim.beta1": (updates, 0.5),
+    "optim.beta2": (updates, 0.5),
+    "optim.eps": (updates, 0.1),
+    "optim.weight_decay": (updates, 1.0),
+    "optim.decay_mask": (updates, "all"),
+    "optim.clip_norm": (updates, 1e-3, "optim.name=sgd"),
+    "optim.normalize_gradients": (updates, True, "optim.name=sgd"),
+    "optim.lr_multipliers": (updates, ".*scale=2.0"),
+    "optim.freeze": (updates, ".*scale"),
+    "mesh.data": (shards, 2, "mesh.data=1", "mesh.fsdp=-1"),
+    "mesh.fsdp": (shards, 2),
+    "mesh.tensor": (shards, 2, "model.vocab_multiple=2"),
+    "mesh.parameter_rules": (shards, "mlp=data"),
+    "mesh.optimizer_rules": (shards, "mlp=data"),
+    "precision.params": (program, "bfloat16"),
+    "precision.compute": (program, "bfloat16"),
+    "checkpoint.every": (run, 3),
+    "checkpoint.keep_latest": (kept, 4),
+    "checkpoint.keep_best": (kept, 3),
+    "checkpoint.keep_every": (kept, 4),
+    "checkpoint.resume": (beginning, "must"),
+    "checkpoint.resume_from": (beginning, "/nowhere"),
+    "checkpoint.init_from": (beginning, "/nowhere"),
+    "eval.every": (run, 4),
+    "eval.batches": (evaluation, 1),
+    "eval.batch_size": (evaluation, 4),
+    "eval.sampling": (evaluation, "random", "eval.batches=2"),
+    "log.every": (run, 4),
+    "log.trackers": (run, ""),
+    "log.profile_start": (traced, 2, "log.profile_steps=3"),
+    "log.profile_steps": (traced, 1),
+    "generate.prompt": (sampled, "Ada"),
+    "generate.max_tokens": (sampled, 0),
+    "generate.temperature": (choices, 0.5),
+    "generate.top_k": (choices, 2),
+    "generate.top_p": (choices, 0.6),
+    "generate.min_p": (choices, 0.5),
+    "generate.stop": (cut, "two"),
+}  # fmt: skip
+MORE = [  # other values of keys with several
+    ("seed", (program, 5, "model.dropout.embedding=0.5")),
+    ("data.packing", (stream, "crops", "data.mask_documents=False")),
+    ("data.packing", (stream, "best_fit", "data.packing=first_fit", *LINES)),
+    ("data.long_documents", (stream, "error", *FIT)),
+    ("data.eos", (stores, "prepend", "data.separator=\n\n")),
+    ("optim.name", (updates, "muon")),
+    ("optim.name", (updates, "adafactor", "model.scan_layers=False")),
+    ("optim.name", (updates, "sgd")),
+    ("optim.schedule", (rates, "constant")),
+    ("optim.schedule", (rates, "inverse_sqrt")),
+    ("optim.schedule", (rates, "wsd")),
+    ("optim.warmup_form", (rates, "(i+1)/w", *WARM)),
+    ("optim.decay_mask", (updates, "hidden")),
+    ("checkpoint.resume", (beginning_again, "never")),
+]
+RUN = [key for key, case in KEYS.items() if case and case[0] is run]
+
+
+def config(folder, items):
+    cfg = load("", [item.replace("PATH", str(folder)) for item in (*BASE, *items)])
+    check(cfg)
+    return cfg
+
+
+def observe(observer, cfg, folder):
+    try:
+        return observer(cfg, folder)
+    except (UserError, DataError) as error:
+        return str(error)
+
+
+def test_every_key_has_an_entry():
+    model = {f"model.{key}" for key in test_decoder.KEYS} | {"model.family"}
+    assert KEYS.keys() | model == set(all_keys())
+    assert not KEYS.keys() & model
+
+
+@pytest.mark.parametrize(
+    ("key", "case"), [(key, case) for key, case in KEYS.items() if case and key not in RUN] + MORE, ids=str
+)
+def test_a_changed_key_changes_something(folder, key, case):
+    observer, value, *base = case
+    old = config(folder, base)
+    new = config(folder, [*base, f"{key.replace('NAME', 'a')}={value}"])
+    before, after = (observe(observer, cfg, folder) for cfg in (old, new))
+    assert before != after
+    if not isinstance(before, str):  # a refusal
+        assert before == observe(observer, old, folder)  # so it is the key that did
+
+
+@pytest.fixture(scope="module")
+def two_runs(folder):
+    """One as it comes, and one with every key that shows in a whole run changed at once: each in its own trace."""
+    base = ["train.steps=7", "data.validation_fraction=0.1", "generate.max_tokens=0", "eval.batches=1"]
+    changes = [f"{key}={KEYS[key][1]}" for key in RUN]
+    return run(config(folder, base), folder), run(config(folder, [*base, *changes]), folder)
+
+
+@pytest.mark.parametrize("key", RUN)
+def test_keys_that_show_in_a_whole_run(two_runs, key):
+    before, after = (found[key] for found in two_runs)
+    assert before != after
+
+
+def test_what_a_whole_run_leaves(two_runs):
+    assert two_runs == (
+        {"log.every": [7], "eval.every": [7], "checkpoint.every": [7], "log.trackers": True},
+        {"log.every": [4, 7], "eval.every": [4, 7], "checkpoint.every": [6, 7], "log.trackers": False},
+    )
