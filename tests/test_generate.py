@@ -261,8 +261,16 @@ def test_an_empty_prompt_is_the_default_one():
     assert Generator(Script(), script, Bytes())([""], dataclasses.replace(GREEDY, max_tokens=3)) == ["abc"]
 
 
-def test_an_empty_stop_string_is_refused():
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_have_32_bits(tiny_generator, seed):
+    with pytest.raises(UserError, match=f"seed of the sampling is {seed}"):
+        tiny_generator(["a"], GREEDY, seed=seed)
+
+
+def test_an_empty_stop_string_is_refused(tiny_generator):
     """Every text holds it, so nothing would ever be said."""
+    with pytest.raises(UserError, match="stop strings is empty"):
+        tiny_generator(["a"], dataclasses.replace(GREEDY, stop=("x", "")))
     with pytest.raises(ConfigError, match="generate.stop"):
         check(from_dict({"train": {"steps": 1}, "generate": {"stop": ("",)}}))
 

@@ -107,6 +107,10 @@ class Generator:
         Returns:
           The continuations, without the prompts, cut before a stop string.
         """
+        if not 0 <= seed < 2**32:
+            raise UserError(f"The seed of the sampling is {seed}; it has 32 bits, so give one from 0 to {2**32 - 1}.")
+        if "" in cfg.stop:
+            raise UserError("One of the stop strings is empty, and every text holds the empty string; leave it out.")
         on_text = on_text or (lambda row, piece: None)
         say = lambda row, piece: on_text(row, piece) if piece else None  # noqa: E731
         encoded = self.tokenizer.encode([prompt or self.default_prompt for prompt in prompts])
