@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QUICK
 
 from llm_jax.config import DecoderConfig
 from llm_jax.errors import ConfigError
@@ -147,7 +148,7 @@ def test_multi_head_is_the_formula(x64, changes):
     leaves, tree = jax.tree.flatten(boxed["params"])
     params = jax.tree.unflatten(tree, [normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
     params = {name: {key: box.value for key, box in part.items()} for name, part in params.items()}
-    out = jax.jit(call)(params)
+    out = jax.jit(call, compiler_options=QUICK)(params)
 
     def rotate(y):  # (T, N, 4): pairs (y_0, y_2) and (y_1, y_3) turn as complex numbers
         if angles is None:
@@ -204,7 +205,7 @@ def outputs_and_gradients(kernel, with_bias):
                 results[name] = out * jnp.asarray(SEGMENTS != 0)[:, :, None, None], gradients
         return results
 
-    return jax.jit(everything)(arguments)
+    return jax.jit(everything, compiler_options=QUICK)(arguments)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -229,7 +230,7 @@ def test_documents_are_strangers_and_padding_is_finite(kernel):
         out = kernel.attend(query, key, value, causal_mask(8, jnp.asarray(SEGMENTS)))
         return jnp.where(which[:, :, None, None], out, 0).sum()
 
-    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
     for document in (1, 2):
         for array in map(np.asarray, gradient(*arrays, SEGMENTS == document)):
             assert (array[SEGMENTS == document] != 0).any()
