@@ -159,7 +159,7 @@ KEYS = [
     (["log.trackers=wandb"], ["wandb", "pip install"]),
     (["checkpoint.init_from=/nowhere"], ["/nowhere"]),
     (["checkpoint.resume=must"], ["checkpoint.resume='must'"]),
-    (["optim.schedule=wsd", "optim.warmup_steps=6", "optim.cooldown_ratio=0.5"], ["optim.cooldown_ratio"]),
+    (["optim.schedule=wsd", "optim.warmup_steps=8", "optim.cooldown_ratio=0.5"], ["optim.cooldown_ratio"]),
 ]
 
 

@@ -143,9 +143,9 @@ def test_go_on_longer_on_another_mesh_and_from_its_own_config(trained, here, tmp
     np.testing.assert_allclose([eight[i] for i in eight], [one[i] for i in eight], rtol=1e-5)
 
 
-def test_four_ways_to_start(trained, here, tmp_path):
-    workdir, _, _ = trained
-    base = ("train", *SMOKE, "--config.generate.max_tokens=0", "--config.train.steps=10")
+def test_four_ways_to_start(here, tmp_path):
+    workdir, base = tmp_path / "first", ("train", runs.TINY, "--config.train.steps=3")
+    here("train", runs.TINY, f"--workdir={workdir}")
     new = f"--workdir={tmp_path}/new"
     _, err = here(*base, new, "--config.checkpoint.resume=must", code=2)
     assert err.count("\n") == 1 and "checkpoint.resume='must', but there are no checkpoints" in err
@@ -210,7 +210,7 @@ def test_a_second_process_on_a_living_run_is_refused(here, tmp_path):
     runs.losses(tmp_path)
 
 
-def test_a_folder_that_cannot_hold_a_run_is_refused_before_anything_is_computed(here, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_hold_a_run_is_refused_before_anything_is_computed(here, tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         _, err = here("train", *SMOKE, f"--workdir={place}", code=2)
