@@ -128,6 +128,17 @@ def _agree(reason: str) -> None:
         raise DamagedCheckpoint(reason or "another process could not read it")
 
 
+@dataclasses.dataclass(frozen=True)
+class _WithoutLateTasks:
+    """Python's hook for errors that nothing catches, without those of reads that end after the load that gave up."""
+
+    hook: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self.hook(unraisable)
+
+
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep Orbax's tasks from telling the same damage a dozen times over; what they leave behind is collected here."""
@@ -142,7 +153,7 @@ def _quiet_libraries() -> Iterator[None]:
             yield
             gc.collect()
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook = hook if isinstance(hook, _WithoutLateTasks) else _WithoutLateTasks(hook)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
