@@ -139,6 +139,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_generate(commands)
+    export = commands.add("export", export_command, "write a run's model as safetensors")
+    export.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
+    export.add_argument("--to", metavar="FOLDER", required=True, help="the new folder to write")
+    export.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
 
     data = Commands(commands.add("data", None, "prepare or look at training data"))
     data.add("prepare", prepare_command, "tokenize a config's data into the cache, as train would", config=True)
@@ -155,6 +159,7 @@ def add_generate(commands: "Commands") -> None:
     generate.add_argument("--prompt_file", metavar="FILE", help="a file with one more prompt; - is the input")
     for flag, kind in (("max_tokens", int), ("temperature", float), ("top_k", int), ("top_p", float), ("min_p", float)):
         generate.add_argument(f"--{flag}", type=kind, metavar="N", help=f"as generate.{flag} of the config")
+    generate.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     generate.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts a prompt (default: 1)")
@@ -229,7 +234,16 @@ def generate_command(args: argparse.Namespace) -> int:
     start()
     from llm_jax.training import restore
 
-    restore.generate(workdir, prompts, given, args.seed, stream=len(prompts) == 1)
+    restore.generate(workdir, prompts, given, args.seed, stream=len(prompts) == 1, step=args.step)
+    return 0
+
+
+def export_command(args: argparse.Namespace) -> int:
+    workdir, folder = existing_run(args.workdir), absolute_folder(args.to)
+    start()
+    from llm_jax.training import restore
+
+    print(restore.export(workdir, folder, args.step))
     return 0
 
 
@@ -238,9 +252,9 @@ def prepare_command(args: argparse.Namespace) -> int:
     if args.print_config:
         return print_json(to_dict(cfg))
     check_data(cfg)
-    from llm_jax.data import store
+    from llm_jax.data import mixture, store
 
-    store.prepare(cfg.data)
+    mixture.make_mixture(store.prepare(cfg.data), cfg.data, cfg.seed)  # makes the packing plans
     return 0
 
 

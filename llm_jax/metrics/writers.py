@@ -63,11 +63,15 @@ class Metrics:
             self.close()
             raise
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One record: Python numbers or scalar arrays (which are fetched), under names such as "loss", "eval/loss"."""
+    def write(self, step: int, values: Mapping[str, Any], *, file_only: bool = False) -> None:
+        """One record: Python numbers or scalar arrays (which are fetched), under names such as "loss", "eval/loss".
+
+        `file_only` keeps it from the terminal and the trackers.
+        """
         values = {name: _number(value) for name, value in values.items()} if self._writers else {}
         for name, writer in list(self._writers.items()):
-            self._guard(name, lambda: writer.write(step, values))  # noqa: B023 called at once
+            if name == "metrics.jsonl" or not file_only:
+                self._guard(name, lambda: writer.write(step, values))  # noqa: B023 called at once
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""

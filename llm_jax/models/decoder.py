@@ -52,6 +52,8 @@ class Decoder(nn.Module):
           (B, T, V) float32 (or float64), V the padded vocabulary; padded ids have -inf unless the config keeps them.
         """
         cfg = self.cfg
+        if not cache_length and tokens.shape[1] > cfg.max_length:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than model.max_length={cfg.max_length}")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         if cache_length:
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
             logits = embedding.attend(x)
         else:
             axes, init = ("embed", "vocab"), linear_init(cfg)
-            logits = Linear(padded_vocab(cfg), axes, init, self.precision, name="head")(x)
+            logits = Linear(padded_vocab(cfg), axes, init, self.precision, wide=True, name="head")(x)
         logits = at_least_float32(self.layout(logits, "batch", "length", "vocab"))
         if cfg.logits_softcap:
             logits = cfg.logits_softcap * jnp.tanh(logits / cfg.logits_softcap)

@@ -53,7 +53,7 @@ class Linear(nn.Module):
     """y = x W + b over the last axis: (..., in) to (..., out).
 
     All leading axes are flattened round the product: XLA:CPU has a fast path for plain matrix products alone, in the
-    backward pass too.
+    backward pass too. `wide` keeps the product's float32 sums: the dtype of x is too coarse for logits.
     """
 
     features: int
@@ -61,17 +61,25 @@ class Linear(nn.Module):
     initializer: nn.initializers.Initializer
     precision: Precision
     use_bias: bool = False
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", named(self.initializer, *self.axes), shape, self.precision.params)
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        y = product(x, kernel.astype(x.dtype), wide=self.wide)
         if self.use_bias:
             zeros = named(nn.initializers.zeros, self.axes[1])
             bias = self.param("bias", zeros, (self.features,), self.precision.params)
-            y = y + bias.astype(x.dtype)[None]
-        return y.reshape(*x.shape[:-1], self.features)
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+
+def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False) -> jax.Array:
+    """(..., in) times (in, out): (..., out) in the dtype of x, or with `wide` in at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 class Norm(nn.Module):
@@ -127,9 +135,8 @@ class Embedding(nn.Module):
         return jnp.take(self._gathered(), ids, axis=0)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """(B, T, D) to (B, T, size)."""
-        y = x.reshape(-1, x.shape[-1]) @ self._gathered().T
-        return y.reshape(*x.shape[:-1], self.size)
+        """(B, T, D) to (B, T, size), in at least float32."""
+        return product(x, self._gathered().T, wide=True)
 
     def _gathered(self) -> jax.Array:
         return self.layout(self.table.astype(self.precision.compute), *self.axes)

@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.elementwise import gelu

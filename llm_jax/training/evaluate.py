@@ -1,8 +1,8 @@
 """Loss, bits per byte and accuracy over a fixed held-out set."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +14,9 @@ from llm_jax.errors import ConfigError
 from llm_jax.models.registry import Model
 from llm_jax.objectives.language import Batch, LanguageObjective
 from llm_jax.sharding import Layout
+
+
+BATCHES_AHEAD = 4
 
 
 class Batches(Protocol):
@@ -29,20 +32,27 @@ class Evaluator:
         self.batches = batches
         self._sums = jax.jit(lambda params, batch: objective.evaluation(model, params, batch))
 
-    def __call__(self, params: Any, step: int) -> dict[str, float]:
+    def __call__(self, params: Any, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Means over the whole set: sums are added up over all batches in float64 before anything is divided.
 
         Args:
+          params: of the model.
           step: of the parameters; random crops follow from it alone, so that they are the same after a restart.
+          progress: called after every batch.
 
         Returns:
           "eval/loss" (nats a token), "eval/accuracy", "eval/tokens" and, where the tokenizer knows the bytes that each
           token stands for, "eval/bits_per_byte", which compares across tokenizers.
         """
         totals: dict[str, float] = defaultdict(float)
-        for sums in [self._sums(params, batch) for batch in self.batches.at(step)]:
-            for name, value in sums.items():
-                totals[name] += float(value)
+        ahead: deque[dict[str, jax.Array]] = deque()  # some batches in flight: no wait, and memory for no more
+        for batch in self.batches.at(step):
+            ahead.append(self._sums(params, batch))
+            if len(ahead) > BATCHES_AHEAD:
+                add(totals, ahead.popleft())
+            progress()
+        for sums in ahead:
+            add(totals, sums)
         tokens = max(totals["tokens"], 1e-9)
         results = {
             "eval/loss": totals["nats"] / tokens,
@@ -52,6 +62,11 @@ class Evaluator:
         if totals.get("bytes"):
             results["eval/bits_per_byte"] = totals["nats"] / math.log(2) / totals["bytes"]
         return results
+
+
+def add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
+    for name, value in jax.device_get(sums).items():
+        totals[name] += float(value)
 
 
 def make_evaluator(

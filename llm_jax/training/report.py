@@ -1,6 +1,7 @@
 """What the loop tells: the numbers of a step, read one step late, and the words at a run's start and end."""
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import jax
 
 from llm_jax import metrics
+from llm_jax.config import Config
 from llm_jax.errors import BadStepsError
-from llm_jax.models.flops import Flops
+from llm_jax.models.flops import FORMULA, Flops
+from llm_jax.models.registry import Model, count_parameters
 
 
 class StepReport:
-    """Turns the device's metrics of each step into a record every `every` steps, and one of the last.
+    """Turns the device's metrics into a line of metrics.jsonl each step, and a full record every `every` steps.
 
     `add` is given the metrics of the step just dispatched and reads those of the step before: by then they are ready,
     so the device never waits for the host.
@@ -48,6 +51,8 @@ class StepReport:
         if step % self.every == 0 or step == self.last or values["bad_in_a_row"] >= self.max_bad_steps:
             self.out.write(step, values | self._rates(values))
             self._restart_clock()
+        else:
+            self.out.write(step, values, file_only=True)
         if values["bad_in_a_row"] >= self.max_bad_steps:
             raise BadStepsError(
                 f"{values['bad_in_a_row']} steps in a row, up to step {step}, had a loss or gradient that is not "
@@ -77,34 +82,42 @@ class StepReport:
         }
         if values.get("bytes"):
             rates["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / values["bytes"]
-        peak = metrics.peak_flops(jax.devices()[0].device_kind, metrics.devices_a_chip(jax.local_devices()))
-        if peak is not None:
+        if (peak := peak_flops()) is not None:
             rates["mfu"] = self.flops.total * tokens_per_second / devices / peak
         return rates | metrics.memory_stats()
 
 
-def parameter_table(count: int, tokens: int, flops: Flops) -> str:
-    return (
-        f"{count:,} parameters; {tokens:,} tokens a step; {flops.total * tokens:.3g} FLOPs a step "
-        f"({flops.attention / flops.total:.0%} of them attention)"
+def cost_line(model: Model, cfg: Config, flops: Flops) -> str:
+    """Parameters, tokens and FLOPs of a step; and how MFU is reckoned, where the device's peak is known."""
+    tokens = cfg.train.global_batch_size * cfg.data.sequence_length
+    line = (
+        f"{count_parameters(model.shapes()):,} parameters; {tokens:,} tokens a step; {flops.total * tokens:.3g} FLOPs "
+        f"a step ({flops.attention / flops.total:.0%} of them attention)"
     )
+    peak = peak_flops()
+    return line if peak is None else f"{line}; MFU = {FORMULA}, over a peak of {peak:.4g} a device"
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of one of this process's devices, where its kind is known."""
+    return metrics.peak_flops(jax.devices()[0].device_kind, metrics.devices_a_chip(jax.local_devices()))
 
 
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
 
 
 def closing_block(
-    workdir: str, command: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str
+    workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str
 ) -> str:
     """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next.
 
     Args:
       workdir: the run's folder.
-      command: how the user calls us ("llm-jax").
       history: all records of the run.
       yardsticks: bits per byte of other models on the same held-out bytes, by their name in the store's manifest.
       sample: text from the trained model; "" for none.
     """
+    command = os.environ.get("LLM_JAX_COMMAND", "llm-jax")  # launch/local.sh says how it was called
     parts = []
     if curve := metrics.plot(history):
         parts.append(curve)
@@ -121,8 +134,9 @@ def closing_block(
         parts.append(f"sampled text:\n{sample}")
     parts.append(
         f"The run is in {workdir}\n"
-        f"  resume    the same train command, longer: --config.train.steps=N\n"
+        f"  resume    {command} train --config={workdir}/config.json --workdir={workdir} --config.train.steps=N\n"
         f"  generate  {command} generate --workdir={workdir} --prompt='def '\n"
-        f"  evaluate  {command} evaluate --workdir={workdir}"
+        f"  evaluate  {command} evaluate --workdir={workdir}\n"
+        f"  export    {command} export --workdir={workdir} --to={workdir}/export"
     )
     return "\n\n".join(parts)

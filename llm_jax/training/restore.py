@@ -1,13 +1,17 @@
-"""A trained model from its run folder, and the commands that use one: evaluate and generate."""
+"""A trained model from its run folder, and the commands that use one: evaluate, generate, export."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import safetensors.flax
 
-from llm_jax import config, sharding
+from llm_jax import config, distributed, sharding
 from llm_jax.backend import start_backend
 from llm_jax.config import Config
 from llm_jax.config.checks import check_tensor_axis, mesh_sizes
@@ -17,6 +21,7 @@ from llm_jax.generation.generate import Generator
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
+from llm_jax.sharding import path_name
 from llm_jax.training import checkpoint, run_folder
 from llm_jax.training.evaluate import make_evaluator
 
@@ -43,15 +48,18 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     Raises:
       UserError: the folder is no run, is damaged, or has no such checkpoint.
     """
+    distributed.initialize()
     cfg = config.override(read_config(workdir), overrides)
+    config.check(cfg)
     start_backend(cfg)  # 64 bits, where the run has them
     cfg = fitted(cfg, fixed=any(item.startswith("mesh.") for item in overrides))
     layout = sharding.make_layout(cfg.mesh)
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
     shardings = layout.parameter_shardings(shapes, model.axes())
-    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
-    name = "ema" if cfg.train.ema_decay else "params"
+    name, lowest = ("ema", jnp.float32) if cfg.train.ema_decay else ("params", cfg.precision.params)  # as state.fresh
+    dtype = jnp.promote_types(cfg.precision.params, lowest)
+    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), shapes, shardings)
     params, step = checkpoint.restore_params(workdir, step, abstract, name)
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
 
@@ -92,6 +100,33 @@ def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = (
     return {"step": run.step} | evaluator(run.params, run.step)
 
 
+def export(workdir: str, folder: str, step: int | None = None) -> str:
+    """`llm-jax export`: the model as files that need nothing of ours to be read.
+
+    Args:
+      workdir: the run's folder.
+      folder: gets `model.safetensors` (each parameter under its path, such as "stack/blocks/mlp/up/kernel"),
+        `config.json` and `tokenizer/`; it must not exist yet.
+      step: which checkpoint; None: the latest.
+
+    Returns:
+      What was written, in words.
+    """
+    if os.path.exists(folder):
+        raise UserError(f"--to={folder}: it exists already; give a new folder, nothing is overwritten")
+    run = restore(workdir, step)
+    if jax.process_count() > 1:
+        raise UserError("export runs as one process: start it on one machine, without the others")
+    partial = f"{folder}.partial"  # a killed export leaves no half model under the final name
+    os.makedirs(partial, exist_ok=True)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(run.params)}
+    safetensors.flax.save_file(leaves, f"{partial}/model.safetensors", metadata={"format": "llm_jax"})
+    run_folder.write_json(Path(partial) / "config.json", config.to_dict(run.cfg))
+    run.tokenizer.save(f"{partial}/tokenizer")
+    os.rename(partial, folder)
+    return f"{len(leaves)} parameters of step {run.step} are in {folder}/model.safetensors"
+
+
 def check_same_tokens(run: TrainedModel, stores: Sequence[store.Store]) -> None:
     """Refuse data in which an id is not what the model learned it as: its text, or the tokenizer's file, has changed."""
     if run.cfg.data.tokenizer == "none":
@@ -104,26 +139,34 @@ def check_same_tokens(run: TrainedModel, stores: Sequence[store.Store]) -> None:
 
 
 def generate(
-    workdir: str, prompts: Sequence[str], given: Mapping[str, Any], seed: int, *, stream: bool
+    workdir: str,
+    prompts: Sequence[str],
+    given: Mapping[str, Any],
+    seed: int,
+    *,
+    stream: bool,
+    step: int | None = None,
 ) -> list[str]:
-    """`llm-jax generate`: continue prompts with the run's latest checkpoint, printing as it goes.
+    """`llm-jax generate`: continue prompts with a checkpoint of the run, printing as it goes.
 
     Args:
       workdir: the run's folder.
       prompts: texts to continue.
       given: fields of `GenerateConfig` that differ from the run's own.
       seed: of the sampling.
+      step: which checkpoint; None: the latest.
       stream: print each piece as soon as it is certain (one prompt), else each text when all are done.
     """
-    run = restore(workdir)
+    run = restore(workdir, step)
     cfg = dataclasses.replace(run.cfg.generate, **given)
     generator = Generator(run.model, run.params, run.tokenizer, default_prompt(run.cfg))
+    say = print if distributed.is_main() else lambda *_, **__: None
     if stream:
-        print(prompts[0], end="", flush=True)
-        texts = generator(prompts, cfg, seed, lambda row, piece: print(piece, end="", flush=True))
-        print()
+        say(prompts[0], end="", flush=True)
+        texts = generator(prompts, cfg, seed, lambda row, piece: say(piece, end="", flush=True))
+        say()
         return texts
     texts = generator(prompts, cfg, seed)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        print(f"--- {number + 1} of {len(prompts)}\n{prompt}{text}", flush=True)
+        say(f"--- {number + 1} of {len(prompts)}\n{prompt}{text}", flush=True)
     return texts

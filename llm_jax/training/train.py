@@ -4,26 +4,55 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from typing import Any
 
 import jax
+import optax
 
-from llm_jax import distributed, metrics, sharding
+from llm_jax import __version__, distributed, metrics, sharding
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.data import loader, store
-from llm_jax.errors import Preempted
+from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import flops, registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
+from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, report, run_folder
 from llm_jax.training import state as train_state
 from llm_jax.training.evaluate import Evaluator, make_evaluator
 from llm_jax.training.restore import default_prompt
+from llm_jax.training.state import TrainState
 from llm_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loop works with, in the order in which it is made."""
+
+    cfg: Config
+    workdir: str
+    layout: Layout
+    stores: list[store.Store]
+    data: loader.TrainLoader
+    steps: int
+    model: registry.Model
+    objective: LanguageObjective
+    tx: optax.GradientTransformation
+    abstract_state: TrainState
+    evaluator: Evaluator | None
+    checkpoints: checkpoint.Checkpointer
+    start: checkpoint.Start
+    out: metrics.Metrics
+
+    @property
+    def flops(self) -> flops.Flops:
+        """Of training on one token."""
+        return flops.training_flops(
+            self.cfg.model, self.model.shapes(), self.model.axes(), self.cfg.data.sequence_length
+        )
 
 
 def train(cfg: Config, workdir: str) -> None:
@@ -31,7 +60,7 @@ def train(cfg: Config, workdir: str) -> None:
 
     Args:
       cfg: checked (`config.check`).
-      workdir: absolute path or URL of the run's folder, on every process the same.
+      workdir: absolute path of the run's folder, on every process the same.
 
     Raises:
       UserError: what was asked for cannot be done; nothing was changed.
@@ -39,107 +68,123 @@ def train(cfg: Config, workdir: str) -> None:
       BadStepsError: too many non-finite steps in a row.
     """
     distributed.initialize()
+    distributed.assert_same_everywhere("config or code", same_on_all_hosts(cfg))
     with contextlib.ExitStack() as stack:
-        watchdog = stack.enter_context(distributed.Watchdog())
-        check_devices(cfg, jax.device_count())
-        layout = sharding.make_layout(cfg.mesh)
+        run = open_run(cfg, workdir, stack)
+        run.out.say(run.start.how)
+        run.out.say(report.cost_line(run.model, run.cfg, run.flops))
+        state = loop(run, stack)
+        run.checkpoints.wait()
+        finish(run, state)
 
-        stores = prepare_data(cfg)
-        tokenizer = stores[0].tokenizer
-        if cfg.data.tokenizer == "none":
-            store.require_ids_below(stores, cfg.model.vocab_size)
-        cfg = with_vocabulary(cfg, tokenizer.vocab_size)
-        batch_size, seed = cfg.train.global_batch_size, cfg.seed
-        data = stack.enter_context(
-            contextlib.closing(loader.make_train(stores, cfg.data, batch_size, seed, layout))
+
+def same_on_all_hosts(cfg: Config) -> str:
+    """What must agree before processes run one program together, as text."""
+    return json.dumps([__version__, jax.__version__, sys.version, to_dict(cfg)], sort_keys=True)
+
+
+def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
+    """Mesh, data, model, optimizer, state: everything before the first step. `stack` closes what must be closed."""
+    check_devices(cfg, jax.device_count())
+    layout = sharding.make_layout(cfg.mesh)
+
+    distributed.on_main(lambda: store.prepare(cfg.data))  # tokenized where it is missing; then all open it
+    stores = store.prepare(cfg.data)
+    if cfg.data.tokenizer == "none":
+        store.require_ids_below(stores, cfg.model.vocab_size)
+    cfg = with_vocabulary(cfg, stores[0].tokenizer.vocab_size)
+    data = loader.make_train(stores, cfg.data, cfg.train.global_batch_size, cfg.seed, layout)
+    stack.enter_context(contextlib.closing(data))
+    distributed.assert_same_everywhere("training data", data.state()["fingerprint"])
+    steps = total_steps(cfg, data.epoch_rows)
+
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    shapes, axes = model.shapes(), model.axes()
+    objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
+    tx = optim.make(cfg.optim, steps, shapes, axes)
+    abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+    evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
+
+    checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
+    run_folder.check_same_config(workdir, to_dict(cfg))
+    init = lambda: train_state.init(model, tx, abstract_state, cfg.seed)  # noqa: E731
+    start = checkpoint.start(cfg.checkpoint, checkpoints, abstract_state, init)
+    if start.step > steps:
+        raise UserError(
+            f"train.steps: the run is {steps} steps long, and {start.how} is beyond that; ask for more steps."
         )
-        steps = total_steps(cfg, data.epoch_rows)
+    if start.data_state is not None:
+        data.restore(start.data_state)
+    run_folder.write(workdir, to_dict(cfg), stores[0].tokenizer, shapes, axes)
 
-        model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
-        shapes, axes = model.shapes(), model.axes()
-        objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
-        tx = optim.make(cfg.optim, steps, shapes, axes)
-        abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
-        evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
+    out = metrics.Metrics(
+        workdir,
+        cfg.log.trackers,
+        name=cfg.name,
+        config=to_dict(cfg),
+        total_steps=steps,
+        restored_step=start.step,
+        main=distributed.is_main(),
+    )
+    stack.enter_context(out)
+    return Run(
+        cfg, workdir, layout, stores, data, steps, model, objective, tx, abstract_state, evaluator, checkpoints, start, out
+    )
 
-        distributed.assert_same_everywhere("the config", json.dumps(to_dict(cfg), sort_keys=True))
-        checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
-        run_folder.check_same_config(workdir, to_dict(cfg))
-        start = checkpoint.start(
-            cfg.checkpoint, checkpoints, abstract_state, lambda: train_state.init(model, tx, abstract_state, seed)
-        )
-        state = start.state
-        if start.data_state is not None:
-            data.restore(start.data_state)
-        run_folder.write(workdir, to_dict(cfg), tokenizer, shapes, axes)
 
-        out = stack.enter_context(
-            metrics.Metrics(
-                workdir,
-                cfg.log.trackers,
-                name=cfg.name,
-                config=to_dict(cfg),
-                total_steps=steps,
-                restored_step=start.step,
-                main=distributed.is_main(),
+def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
+    """Draw, step, report, evaluate, save, until the last step; returns the final state."""
+    cfg, state, data = run.cfg, run.start.state, run.data
+    train_step = make_train_step(
+        run.model,
+        run.objective,
+        run.tx,
+        optim.learning_rate(cfg.optim, run.steps),
+        run.layout,
+        run.abstract_state,
+        seed=cfg.seed,
+        accumulation=cfg.train.accumulation,
+        ema_decay=cfg.train.ema_decay,
+        trainable=optim.trainable_mask(cfg.optim, run.model.shapes()),
+    )
+    told = report.StepReport(
+        run.out, data, run.flops, every=cfg.log.every, last=run.steps, max_bad_steps=cfg.train.max_bad_steps
+    )
+    watchdog = stack.enter_context(distributed.Watchdog())
+    profiler = stack.enter_context(Profiler(cfg.log, f"{run.workdir}/profile"))
+    preemption = stack.enter_context(distributed.Preemption())  # before this, a signal ends the process at once
+
+    compiled = None
+    for i in range(run.start.step, run.steps):
+        batch = next(data)  # drawn after the save of the step before, so that a save never holds a drawn batch
+        if compiled is None:
+            compiled = compile_step(train_step, state, batch, run.out)
+            told.pause()
+        profiler.before(i)
+        state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
+        told.add(i + 1, values)
+        watchdog.progress()
+
+        last, stopping, evaluation = i + 1 == run.steps, preemption.preempted(i + 1), None
+        if run.evaluator and (last or due(i + 1, cfg.eval.every)):
+            told.pause()
+            evaluation = run.evaluator(evaluated(state), i + 1, watchdog.progress)
+            run.out.write(i + 1, evaluation)
+            told.pause()
+        if last or stopping or due(i + 1, cfg.checkpoint.every):
+            told.pause()
+            run.checkpoints.save(i + 1, state, data.state(), evaluation)
+            told.pause()
+        if stopping and not last:
+            run.checkpoints.wait()
+            raise Preempted(
+                f"Asked to stop: step {i + 1} of {run.steps} is saved in {run.workdir}; run it again to go on."
             )
-        )
-        cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
-        tokens = batch_size * cfg.data.sequence_length
-        out.say(start.how)
-        out.say(report.parameter_table(registry.count_parameters(shapes), tokens, cost))
-
-        step_report = report.StepReport(
-            out, data, cost, every=cfg.log.every, last=steps, max_bad_steps=cfg.train.max_bad_steps
-        )
-        train_step = make_train_step(
-            model,
-            objective,
-            tx,
-            optim.learning_rate(cfg.optim, steps),
-            layout,
-            abstract_state,
-            seed=seed,
-            accumulation=cfg.train.accumulation,
-            ema_decay=cfg.train.ema_decay,
-            trainable=optim.trainable_mask(cfg.optim, shapes),
-        )
-        profiler = stack.enter_context(Profiler(cfg.log, f"{workdir}/profile"))
-        preemption = stack.enter_context(distributed.Preemption())  # before this, a signal ends the process at once
-        compiled, evaluation = None, {}
-        for i in range(start.step, steps):
-            batch = next(data)  # drawn after the save of the step before, so that a save never holds a drawn batch
-            if compiled is None:
-                compiled = compile_step(train_step, state, batch, out)
-                step_report.pause()
-            profiler.before(i)
-            state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
-            step_report.add(i + 1, values)
-            watchdog.progress()
-
-            last, stopping = i + 1 == steps, preemption.preempted(i + 1)
-            if last or (cfg.eval.every and (i + 1) % cfg.eval.every == 0):
-                step_report.pause()
-                evaluation = evaluate(evaluator, state, i + 1, out)
-                step_report.pause()
-            if last or stopping or (cfg.checkpoint.every and (i + 1) % cfg.checkpoint.every == 0):
-                step_report.pause()
-                checkpoints.save(i + 1, state, data.state(), evaluation)
-                evaluation = {}
-                step_report.pause()
-            if stopping and not last:
-                checkpoints.wait()
-                raise Preempted(f"Asked to stop: step {i + 1} of {steps} is saved in {workdir}; run it again to go on.")
-        checkpoints.wait()
-        finish(cfg, workdir, out, stores, Generator(model, evaluated(state), tokenizer, default_prompt(cfg)))
+    return state
 
 
-def prepare_data(cfg: Config) -> list[store.Store]:
-    """The token stores, tokenized by the main process where they are missing."""
-    if distributed.is_main():
-        store.prepare(cfg.data)
-    distributed.barrier("data prepared")
-    return store.prepare(cfg.data)
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def with_vocabulary(cfg: Config, size: int) -> Config:
@@ -156,22 +201,12 @@ def has_validation(cfg: Config) -> bool:
     return bool(cfg.data.validation_fraction) or any(s.validation_path for s in cfg.data.sources().values())
 
 
-def evaluated(state: train_state.TrainState) -> Any:
+def evaluated(state: TrainState) -> Any:
     """The parameters that evaluation and generation use: the running average where there is one."""
     return state.params if state.ema is None else state.ema
 
 
-def evaluate(
-    evaluator: Evaluator | None, state: train_state.TrainState, step: int, out: metrics.Metrics
-) -> dict[str, float]:
-    if evaluator is None:
-        return {}
-    results = evaluator(evaluated(state), step)
-    out.write(step, results)
-    return results
-
-
-def compile_step(train_step: Any, state: train_state.TrainState, batch: Any, out: metrics.Metrics) -> Any:
+def compile_step(train_step: Any, state: TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
     compiled = train_step.lower(state, batch).compile()
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
@@ -205,18 +240,21 @@ class Profiler:
         self._stop()
 
 
-def finish(cfg: Config, workdir: str, out: metrics.Metrics, stores: list[store.Store], generator: Generator) -> None:
+def finish(run: Run, state: TrainState) -> None:
     """The end of a run: loss curve, sampled text, where it all is."""
-    sample = ""
+    cfg, sample = run.cfg, ""
     if cfg.generate.max_tokens and cfg.data.tokenizer != "none":
+        generator = Generator(run.model, evaluated(state), run.stores[0].tokenizer, default_prompt(cfg))
         prompt = cfg.generate.prompt or generator.default_prompt
         sample = prompt + generator([prompt], cfg.generate, cfg.seed)[0]
-    history = out.history()
-    out.close()
+    history = run.out.history()
+    run.out.close()
     if distributed.is_main():
-        yardsticks = stores[0].manifest.get("yardsticks", {}) if len(stores) == 1 else {}
-        command = os.environ.get("LLM_JAX_COMMAND", "llm-jax")  # launch/local.sh says how it was called
-        print(report.closing_block(workdir, command, history, yardsticks, sample), flush=True)
+        yardsticks = run.stores[0].manifest["yardsticks"] if len(run.stores) == 1 else {}
+        whole = cfg.eval.sampling == "sequential" and not cfg.eval.batches
+        if not whole or yardsticks.get("bytes") != yardsticks.get("all_bytes"):
+            yardsticks = {}  # measured on other bytes than the evaluation
+        print(report.closing_block(run.workdir, history, yardsticks, sample), flush=True)
 
 
 def describe(cfg: Config) -> str:
@@ -232,13 +270,12 @@ def describe(cfg: Config) -> str:
     tx = optim.make(cfg.optim, run_steps(cfg) or sys.maxsize, shapes, axes)  # the data alone knows an epoch's length
     state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
     cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
-    tokens = cfg.train.global_batch_size * cfg.data.sequence_length
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     gradient = sharding.bytes_a_device(state.params)
     return "\n".join(
         [
             json.dumps(to_dict(cfg), indent=2),
-            report.parameter_table(registry.count_parameters(shapes), tokens, cost),
+            report.cost_line(model, cfg, cost),
             f"FLOPs a token: {flops.FORMULA}",
             f"mesh: {mesh} ({num_devices} devices)",
             f"memory a device: {sharding.bytes_a_device(state) / 2**20:,.1f} MiB of state and "
