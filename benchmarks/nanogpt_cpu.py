@@ -2,9 +2,9 @@
 
     python -m benchmarks.nanogpt_cpu --nanogpt=CHECKOUT --data=input.txt --json=OUT --torch_python=PYTHON
 
-Both train 2,001 updates of a 4-layer character model from three seeds, in turn (original, ours, original, ...), and both
-are evaluated over the whole validation split. Speed is the median step of each run; ratios are taken pair by pair, since
-the machine's own speed drifts. The checkout is not changed: it is run from a temporary copy, as a process.
+Both train 2,001 updates of a 4-layer character model from three seeds, in turn (original, ours, original, ...), and
+both are evaluated over the whole validation split. Speed is the median step of each run; ratios are taken pair by pair,
+since the machine's own speed drifts. The checkout is not changed: it is run from a temporary copy, as a process.
 """
 
 import argparse
@@ -115,8 +115,8 @@ def main() -> None:
         "speed_ratio": statistics.median(ratios),
     }
     print(
-        f"validation loss, mean: original {result['loss_original']:.4f}, ours {result['loss_ours']:.4f}; tokens/s, ours "
-        f"over the original's: {', '.join(f'{ratio:.2f}' for ratio in ratios)}, median {result['speed_ratio']:.2f}"
+        f"validation loss, mean: original {result['loss_original']:.4f}, ours {result['loss_ours']:.4f}; tokens/s, "
+        f"ours over the original's: {', '.join(f'{ratio:.2f}' for ratio in ratios)}, median {result['speed_ratio']:.2f}"
     )
     args.json.write_text(json.dumps(result, indent=2) + "\n")
 

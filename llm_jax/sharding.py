@@ -133,8 +133,8 @@ class Layout:
                 if size % pieces:
                     raise ConfigError(
                         f"The parameter {path_name(path)} of shape {shape.shape} cannot be split: its axis {name!r} of "
-                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(dict(rules)[name])}. Change "
-                        "that size, the mesh, or the rule of that axis (mesh.parameter_rules, mesh.optimizer_rules)."
+                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(dict(rules)[name])}. "
+                        "Change that size, the mesh, or that axis's rule (mesh.parameter_rules, mesh.optimizer_rules)."
                     )
             return NamedSharding(self.mesh, spec)
 

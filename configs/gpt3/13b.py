@@ -7,8 +7,9 @@ Expected   no loss curve of this size was published on open data
 Note       the paper prints a width of 5,140, which 40 heads of 128 do not fill; 5,120 gives the published 13B
 """
 
-from configs.gpt3.common import gpt3
 from ml_collections import ConfigDict
+
+from configs.gpt3.common import gpt3
 
 
 def get_config() -> ConfigDict:

@@ -7,8 +7,9 @@ Expected   no loss curve of this size was published on open data
 Note       the paper prints 24 heads of 128, which do not fit a width of 2,048; 16 give the published 1.3B
 """
 
-from configs.gpt3.common import gpt3
 from ml_collections import ConfigDict
+
+from configs.gpt3.common import gpt3
 
 
 def get_config() -> ConfigDict:

@@ -6,8 +6,9 @@ Hardware   64 GPUs of 80 GB or the like; set mesh.fsdp and mesh.tensor to fit
 Expected   no loss curve of this size was published on open data
 """
 
-from configs.gpt3.common import gpt3
 from ml_collections import ConfigDict
+
+from configs.gpt3.common import gpt3
 
 
 def get_config() -> ConfigDict:

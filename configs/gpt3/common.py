@@ -5,9 +5,7 @@ from ml_collections import ConfigDict
 CONTEXT = 2_048
 
 
-def gpt3(
-    name: str, *, layers: int, width: int, heads: int, batch_tokens: int, learning_rate: float
-) -> ConfigDict:
+def gpt3(name: str, *, layers: int, width: int, heads: int, batch_tokens: int, learning_rate: float) -> ConfigDict:
     """The config of one size. Attention is dense in every layer; the paper alternates dense with banded ones.
 
     Args:

@@ -126,9 +126,7 @@ class Generator:
             say(number, row.finish())
         return [row.text for row in rows]
 
-    def _fill(
-        self, rows: list[Row], cfg: GenerateConfig, seed: int, made: int, say: Callable[[int, str], None]
-    ) -> int:
+    def _fill(self, rows: list[Row], cfg: GenerateConfig, seed: int, made: int, say: Callable[[int, str], None]) -> int:
         """Read each row's context, then write until all are done or a context is full. Returns the tokens made."""
         longest = self.model.cfg.max_length
         contexts = [row.context(longest) for row in rows]

@@ -70,9 +70,7 @@ def reference_attention(
     probabilities = jax.nn.softmax(scores)
     if dropout is not None:
         probabilities = dropout(probabilities)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(value.dtype), value).reshape(
-        batch, length, heads, size
-    )
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(value.dtype), value).reshape(batch, length, heads, size)
 
 
 def jax_attention(implementation: str) -> Callable[..., jax.Array]:

@@ -8,7 +8,9 @@ import jax
 from llm_jax.config import DecoderConfig
 from llm_jax.models.attention import head_dim
 
-FORMULA = "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
+FORMULA = (
+    "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.cfg
         width = cfg.mlp_dim or 4 * cfg.embed_dim
-        wide = dict(axes=("embed", "mlp"), initializer=linear_init(cfg), precision=self.precision, use_bias=cfg.bias == "all")
+        wide = dict(
+            axes=("embed", "mlp"), initializer=linear_init(cfg), precision=self.precision, use_bias=cfg.bias == "all"
+        )
         up = self.layout(Linear(width, **wide, name="up")(x), "batch", "length", "mlp")
         if cfg.activation in ("swiglu", "geglu"):
             gate = self.layout(Linear(width, **wide, name="gate")(x), "batch", "length", "mlp")

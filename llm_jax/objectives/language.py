@@ -61,8 +61,6 @@ class LanguageObjective:
             sums["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return sums
 
-    def _logits(
-        self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
+    def _logits(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         segment_ids = batch["segment_ids"] if self.segments else None
         return model.apply(params, batch["tokens"], batch["positions"], segment_ids, dropout_key=dropout_key)

@@ -15,7 +15,6 @@ from llm_jax.models.registry import Model
 from llm_jax.objectives.language import Batch, LanguageObjective
 from llm_jax.sharding import Layout
 
-
 BATCHES_AHEAD = 4
 
 

@@ -20,9 +20,7 @@ class DamagedCheckpoint(Exception):
     """A checkpoint that cannot be read, or whose content is not what was saved."""
 
 
-def make_record(
-    step: int, arrays: Arrays, data_state: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> dict[str, Any]:
+def make_record(step: int, arrays: Arrays, data_state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is saved beside the arrays. Raises TypeError where the data state is not plain JSON."""
     prints = fingerprint(arrays)
     record = {

@@ -106,9 +106,7 @@ def peak_flops() -> float | None:
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
 
 
-def closing_block(
-    workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str
-) -> str:
+def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str) -> str:
     """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next.
 
     Args:

@@ -128,13 +128,13 @@ def export(workdir: str, folder: str, step: int | None = None) -> str:
 
 
 def check_same_tokens(run: TrainedModel, stores: Sequence[store.Store]) -> None:
-    """Refuse data in which an id is not what the model learned it as: its text, or the tokenizer's file, has changed."""
+    """Refuse data in which an id is not what the model learned it as: its text or the tokenizer's file has changed."""
     if run.cfg.data.tokenizer == "none":
         store.require_ids_below(stores, run.model.cfg.vocab_size)
     elif stores[0].tokenizer.identity() != run.tokenizer.identity():
         raise DataError(
-            f"The tokenizer ({run.cfg.data.tokenizer}) that {stores[0].manifest['source']['path']} gives now is not the "
-            "one that this run was trained with: its ids mean other text. Evaluate on the data as they were."
+            f"The tokenizer ({run.cfg.data.tokenizer}) that {stores[0].manifest['source']['path']} gives now is not "
+            "the one that this run was trained with: its ids mean other text. Evaluate on the data as they were."
         )
 
 

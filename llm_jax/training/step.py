@@ -15,7 +15,8 @@ from llm_jax import rng
 from llm_jax.models.registry import Model
 from llm_jax.objectives.language import Batch, LanguageObjective
 from llm_jax.sharding import Layout
-from llm_jax.training import optim, state as train_state
+from llm_jax.training import optim
+from llm_jax.training import state as train_state
 from llm_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]

@@ -128,7 +128,20 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     )
     stack.enter_context(out)
     return Run(
-        cfg, workdir, layout, stores, data, steps, model, objective, tx, abstract_state, evaluator, checkpoints, start, out
+        cfg,
+        workdir,
+        layout,
+        stores,
+        data,
+        steps,
+        model,
+        objective,
+        tx,
+        abstract_state,
+        evaluator,
+        checkpoints,
+        start,
+        out,
     )
 
 
