@@ -133,7 +133,7 @@ class Layout:
                 if size % pieces:
                     raise ConfigError(
                         f"The parameter {path_name(path)} of shape {shape.shape} cannot be split: its axis {name!r} of "
-                        f"{size} is not a multiple of the {pieces} pieces of mesh axes {' x '.join(dict(rules)[name])}. "
+                        f"{size} is not a multiple of the {pieces} parts of mesh axes {' x '.join(dict(rules)[name])}. "
                         "Change that size, the mesh, or that axis's rule (mesh.parameter_rules, mesh.optimizer_rules)."
                     )
             return NamedSharding(self.mesh, spec)
