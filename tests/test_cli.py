@@ -264,24 +264,26 @@ def test_missing_run_names_the_nearest(capsys, tmp_path):
 
 def test_generate_passes_on_what_was_given(tmp_path, stub):
     calls = []
-    stub("llm_jax.training.restore", generate=lambda *args, stream: calls.append((*args, stream)))
+    stub("llm_jax.training.restore", generate=lambda *args, stream, step: calls.append((*args, stream, step)))
     (tmp_path / "p.txt").write_text("from a file")
     run = f"--workdir={tmp_path}"
     assert cli.main(["generate", run]) == 0
     assert cli.main(["generate", run, "--prompt=a", "--prompt=b", f"--prompt_file={tmp_path}/p.txt", "--num_samples=2",
-                     "--seed=5", "--temperature=0", "--top_k=3", "--stop=x", "--stop=y,z"]) == 0  # fmt: skip
+                     "--seed=5", "--step=20", "--temperature=0", "--top_k=3", "--stop=x", "--stop=y,z"]) == 0  # fmt: skip
     prompts = ["a", "a", "b", "b", "from a file", "from a file"]
     assert calls == [
-        (str(tmp_path), [""], {}, 0, True),
-        (str(tmp_path), prompts, {"temperature": 0.0, "top_k": 3, "stop": ("x", "y,z")}, 5, False),
+        (str(tmp_path), [""], {}, 0, True, None),
+        (str(tmp_path), prompts, {"temperature": 0.0, "top_k": 3, "stop": ("x", "y,z")}, 5, False, 20),
     ]
 
 
 def test_data_prepare_needs_no_length(stub):
     calls = []
-    stub("llm_jax.data.store", prepare=calls.append)
+    stub("llm_jax.data.store", prepare=lambda cfg: calls.append(cfg) or ["store"])
+    stub("llm_jax.data.mixture", make_mixture=lambda *args: calls.append(args))
     assert cli.main(["data", "prepare", "--config=quickstart", "--config.train.steps=0"]) == 0
-    assert calls == [load("quickstart").data]
+    cfg = load("quickstart")
+    assert calls == [cfg.data, (["store"], cfg.data, cfg.seed)]  # the packing plans too
 
 
 def test_data_prepare_and_inspect_show_rows_of_a_text(tmp_path):

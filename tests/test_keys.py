@@ -10,7 +10,7 @@ import pytest
 import test_decoder
 from tiny import quick_compiler
 
-from llm_jax import cli
+from llm_jax import cli, metrics
 from llm_jax.config import check, load
 from llm_jax.config.resolve import all_keys
 from llm_jax.data import loader, store
@@ -175,13 +175,23 @@ def sampled(cfg, folder):
     """What is sampled at the end of a run."""
     asked = []
 
-    def generator(prompts, cfg, seed):
-        asked.append((prompts, cfg.max_tokens, seed))
-        return [""]
+    class Generator:
+        default_prompt = "\n"
 
-    generator.default_prompt = "\n"
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, prompts, cfg, seed):
+            asked.append((prompts, cfg.max_tokens, seed))
+            return [""]
+
     out = types.SimpleNamespace(history=list, close=lambda: None)
-    train.finish(cfg, str(folder), out, [types.SimpleNamespace(manifest={})], generator)
+    state = types.SimpleNamespace(params=None, ema=None)
+    manifest = types.SimpleNamespace(manifest={"yardsticks": {}}, tokenizer=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Generator", Generator)
+        run = types.SimpleNamespace(cfg=cfg, out=out, stores=[manifest], workdir=str(folder), model=None)
+        train.finish(run, state)
     return asked
 
 
@@ -212,9 +222,9 @@ def run(cfg, folder):
     workdir.mkdir(parents=True)
     with quick_compiler():
         train.train(cfg, str(workdir))
-    records = train.metrics.read_jsonl(workdir / "metrics.jsonl")
+    records = metrics.read_jsonl(workdir / "metrics.jsonl")
     return {
-        "log.every": [r["step"] for r in records if "loss" in r],
+        "log.every": [r["step"] for r in records if "tokens_per_second" in r],
         "eval.every": [r["step"] for r in records if "eval/loss" in r],
         "checkpoint.every": checkpoint.steps(workdir),
         "log.trackers": (workdir / "tensorboard").exists(),

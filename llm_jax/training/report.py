@@ -46,6 +46,8 @@ class StepReport:
         values = {name: value.item() for name, value in jax.device_get(dict(on_device)).items()}
         self._tokens += values["tokens"]
         self._steps += 1
+        if values.get("bytes"):
+            values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / values["bytes"]
         if values["bad_in_a_row"]:
             self.out.say(f"step {step}: loss or gradient is not finite; the step was skipped, nothing was changed")
         if step % self.every == 0 or step == self.last or values["bad_in_a_row"] >= self.max_bad_steps:
@@ -80,8 +82,6 @@ class StepReport:
             "data_wait_share": min((self.data.data_wait_seconds - self._waited) / seconds, 1.0),
             "padding_share": self.data.padding_share,
         }
-        if values.get("bytes"):
-            rates["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / values["bytes"]
         if (peak := peak_flops()) is not None:
             rates["mfu"] = self.flops.total * tokens_per_second / devices / peak
         return rates | metrics.memory_stats()
