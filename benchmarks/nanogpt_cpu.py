@@ -23,7 +23,7 @@ import numpy as np
 TOKENS_A_STEP = 12 * 64
 ORIGINAL_ARGUMENTS = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --lr_decay_iters=2000 --dropout=0.0"
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
 ).split()
 
 
@@ -44,7 +44,7 @@ def prepare_original(checkout: Path, data: Path, folder: Path) -> None:
 
 def run_original(python: str, folder: Path, seed: int, steps: int) -> dict[str, float]:
     driver, result = Path(__file__).with_name("nanogpt_original.py").resolve(), folder / "result.json"
-    arguments = [*ORIGINAL_ARGUMENTS, f"--max_iters={steps}"]
+    arguments = [*ORIGINAL_ARGUMENTS, f"--max_iters={steps}", f"--lr_decay_iters={steps}"]
     command = [python, str(driver), str(seed), str(result), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -56,13 +56,14 @@ def run_original(python: str, folder: Path, seed: int, steps: int) -> dict[str, 
 def run_ours(python: str, data: Path, folder: Path, seed: int, steps: int, overrides: list[str]) -> dict[str, float]:
     workdir = folder / f"ours{seed}"
     command = [python, "-m", "llm_jax.cli", "train", "--config=shakespeare_char:cpu", f"--workdir={workdir}"]
-    changes = {"data.path": data.resolve(), "seed": 1337 + seed, "train.steps": steps + 1, "log.every": 1}
+    changes = {"data.path": data.resolve(), "seed": 1337 + seed, "train.steps": steps + 1, "log.every": 10}
+    changes |= {"optim.decay_steps": steps, "generate.max_tokens": 0}
     command += [f"--config.{key}={value}" for key, value in changes.items()] + overrides
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"our run failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    times = [1000 * record["seconds_per_step"] for record in records if "seconds_per_step" in record][20:]
+    times = [1000 * record["seconds_per_step"] for record in records if "seconds_per_step" in record][2:]
     return summary([record["eval/loss"] for record in records if "eval/loss" in record][-1], times)
 
 
