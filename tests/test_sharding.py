@@ -52,7 +52,7 @@ def test_one_mesh_axis_splits_one_axis():
 def test_an_indivisible_parameter_is_named():
     shapes = {"block": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32)}}
     axes = {"block": {"kernel": ("embed", "mlp")}}
-    message = r"block/kernel of shape \(6, 4\) .* axis 'embed' of 6 is not .* the 4 pieces"
+    message = r"block/kernel of shape \(6, 4\) .* axis 'embed' of 6 is not .* the 4 parts"
     with pytest.raises(ConfigError, match=message):
         mesh_layout(fsdp=4).parameter_shardings(shapes, axes)
     mesh_layout(data=4).parameter_shardings(shapes, axes)
