@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
+from llm_jax.config.checks import MESH_AXES, mesh_sizes
 from llm_jax.errors import ConfigError, UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
@@ -209,10 +209,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Sizes of `MESH_AXES` with -1 filled in. The pair is assumed checked (`config.check_devices`)."""
-    sizes = [getattr(cfg, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    return tuple(num_devices // known if size == -1 else size for size in sizes)
+    """Sizes of `MESH_AXES` with -1 filled in. Raises ConfigError where they do not fit the devices."""
+    return tuple(mesh_sizes(cfg, num_devices).values())
 
 
 def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:

@@ -58,7 +58,7 @@ normalize.defvjp(_normalize, _normalize_backward)
 def gelu(x: jax.Array) -> jax.Array:
     """x * Phi(x), Phi the normal distribution function: the exact form (arXiv 1606.08415).
 
-    By erf; `jax.nn.gelu` goes by erfc, which costs CPUs twice as much.
+    By erf; `jax.nn.gelu` goes by erfc, which is slower on CPUs.
     """
     wide = at_least_float32(x)  # 1 + erf cancels
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)

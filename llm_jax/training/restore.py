@@ -85,11 +85,6 @@ def fitted(cfg: Config, *, fixed: bool) -> Config:
         return dataclasses.replace(cfg, mesh=mesh)
 
 
-def default_prompt(cfg: Config) -> str:
-    """What an empty prompt stands for."""
-    return "\n"
-
-
 def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
     """`llm-jax evaluate`: the evaluation that the run itself makes at this step, or what `eval.*` overrides say."""
     run = restore(workdir, step, overrides)
@@ -159,7 +154,7 @@ def generate(
     """
     run = restore(workdir, step)
     cfg = dataclasses.replace(run.cfg.generate, **given)
-    generator = Generator(run.model, run.params, run.tokenizer, default_prompt(run.cfg))
+    generator = Generator(run.model, run.params, run.tokenizer)
     say = print if distributed.is_main() else lambda *_, **__: None
     if stream:
         say(prompts[0], end="", flush=True)

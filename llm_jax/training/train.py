@@ -23,7 +23,6 @@ from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, report, run_folder
 from llm_jax.training import state as train_state
 from llm_jax.training.evaluate import Evaluator, make_evaluator
-from llm_jax.training.restore import default_prompt
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import make_train_step
 
@@ -257,7 +256,7 @@ def finish(run: Run, state: TrainState) -> None:
     """The end of a run: loss curve, sampled text, where it all is."""
     cfg, sample = run.cfg, ""
     if cfg.generate.max_tokens and cfg.data.tokenizer != "none":
-        generator = Generator(run.model, evaluated(state), run.stores[0].tokenizer, default_prompt(cfg))
+        generator = Generator(run.model, evaluated(state), run.stores[0].tokenizer)
         prompt = cfg.generate.prompt or generator.default_prompt
         sample = prompt + generator([prompt], cfg.generate, cfg.seed)[0]
     history = run.out.history()
