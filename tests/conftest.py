@@ -6,6 +6,7 @@ import tempfile
 # Before anything imports jax. Child processes of the tests inherit these.
 os.environ.setdefault("NPROC", "8")  # XLA's CPU collectives between processes stall with fewer threads (jax 0.10)
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("LLM_JAX_COMMAND", None)  # launch/local.sh says with it how it was called; runs here are `llm-jax`
 os.environ["LLM_JAX_CACHE"] = tempfile.mkdtemp(prefix="llm_jax_tests_")
 
 import shutil
