@@ -291,6 +291,7 @@ class Watchdog:
 
     def __init__(self, seconds: float = STEP_SECONDS, first: float = FIRST_STEP_SECONDS):
         self._seconds, self._first = seconds, first
+        self._next = 0.0  # when it is armed anew: not at every call, for arming starts a thread
 
     def __enter__(self) -> "Watchdog":
         self._arm(self._first)
@@ -301,7 +302,9 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def progress(self) -> None:
-        self._arm(self._seconds)
+        if time.monotonic() >= self._next:
+            self._arm(self._seconds)
+            self._next = time.monotonic() + self._seconds / 100
 
     def _arm(self, seconds: float) -> None:
         if self._seconds:

@@ -209,7 +209,7 @@ def test_a_batch_that_failed_is_not_skipped(stores, monkeypatch):
     read, failed = LocalBatches.__getitem__, []
 
     def read_with_a_fault(self, number):
-        if self._start + number * 8 == 16 and not failed:
+        if self._start + number * 8 == 16 and not failed:  # 3 batches are read ahead, so one at a time
             failed.append(number)
             raise OSError("the disk is gone")
         return read(self, number)

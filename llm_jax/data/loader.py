@@ -19,6 +19,7 @@ from llm_jax.data.packing import ConcatRows, PackedRows, Rows
 from llm_jax.data.shuffle import draw, stream_key
 from llm_jax.errors import ConfigError, DataError, UserError
 
+_GROUP_TOKENS = 2**15  # about as many are assembled at once
 _THREADS = 2  # that assemble batches; numpy holds the interpreter's lock most of that time, so more do not help
 
 
@@ -49,7 +50,7 @@ class TrainLoader:
         self._facts, self._cfg = facts, cfg
         self._batch_size, self._layout = batch_size, layout
         self._places = self._padding = 0
-        self._batches: Any = None  # Grain's iterator, made by the first `next`
+        self._batches: Iterator[Rows] | None = None  # made by the first `next`
         self._closed = False
 
     @property
@@ -108,11 +109,23 @@ class TrainLoader:
         self._stop_reading()
         self._closed = True
 
-    def _read_ahead(self) -> Any:
-        cfg = self._cfg
-        source = LocalBatches(self.mixture, self._batch_size, self._layout.batch_rows(self._batch_size), self.samples)
+    def _read_ahead(self) -> Iterator[Rows]:
+        """This process's rows of each batch; small batches are assembled several at once."""
+        groups = self._groups()
+        try:
+            for group in groups:
+                for number in range(len(group["tokens"])):
+                    yield {name: array[number] for name, array in group.items()}
+        finally:
+            groups.close()
+
+    def _groups(self) -> Any:
+        cfg, rows = self._cfg, self._layout.batch_rows(self._batch_size)
+        group = max(min(_GROUP_TOKENS // (len(rows) * cfg.sequence_length), cfg.prefetch // 2), 1)
+        source = LocalBatches(self.mixture, self._batch_size, rows, self.samples, group)
         # Batches, not rows, are dealt to workers, and Grain puts theirs in turn: so their number changes nothing.
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=-(-cfg.prefetch // max(cfg.workers, 1)))
+        ahead = -(-cfg.prefetch // (group * max(cfg.workers, 1)))
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
         batches = grain.MapDataset.source(source).to_iter_dataset(options)
         if cfg.workers:
             if not flags.FLAGS.is_parsed():  # Grain has absl flags, and its processes do not start before they are read

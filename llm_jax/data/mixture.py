@@ -94,18 +94,24 @@ def shuffled_block(seed: int, name: str, size: int, epoch: int, block: int) -> n
 
 
 class LocalBatches:
-    """This process's rows of each batch from sample `start` on, as a random-access source for Grain (which pickles it
-    for its workers; it stands here so that they need not import JAX)."""
+    """This process's rows of the batches from sample `start` on, as a random-access source for Grain (which pickles it
+    for its workers; it stands here so that they need not import JAX).
 
-    def __init__(self, mixture: Mixture, batch_size: int, local_rows: np.ndarray, start: int):
-        self._mixture, self._batch_size = mixture, batch_size
-        self._local_rows, self._start = local_rows, start
+    An element holds `group` batches in a row, features of shape (group, rows, T): small batches cost numpy as much to
+    make one by one as many at once.
+    """
+
+    def __init__(self, mixture: Mixture, batch_size: int, local_rows: np.ndarray, start: int, group: int):
+        self._mixture, self._start = mixture, start
+        self._samples = (np.arange(group)[:, None] * batch_size + local_rows).reshape(-1)  # of the first element
+        self._group, self._stride = group, group * batch_size
 
     def __len__(self) -> int:
-        return 2**62  # endless
+        return 2**62 // self._stride  # endless
 
     def __getitem__(self, number: int) -> Rows:
-        return self._mixture.batch(self._start + number * self._batch_size + self._local_rows)
+        rows = self._mixture.batch(self._start + number * self._stride + self._samples)
+        return {name: array.reshape(self._group, -1, *array.shape[1:]) for name, array in rows.items()}
 
     def __repr__(self) -> str:
         return f"LocalBatches(start={self._start})"

@@ -54,7 +54,8 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if not cache_length and tokens.shape[1] > cfg.max_length:
             raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than model.max_length={cfg.max_length}")
-        if positions is None:
+        from_start = positions is None
+        if from_start:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         if cache_length:
             mask = AttentionMask(positions, jnp.arange(cache_length), window=cfg.sliding_window)
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         x = embedding(tokens)
         if cfg.embedding_scale:
             x = x * math.sqrt(cfg.embed_dim)
-        x = self._add_positions(x, positions)
+        x = self._add_positions(x, positions, from_start)
         x = self.layout(x, "batch", "length", "embed")
         x = Dropout(cfg.dropout.embedding, self.layout)(x, "batch", "length", "embed", train=train)
 
@@ -93,13 +94,15 @@ class Decoder(nn.Module):
     def _position_init(self) -> nn.initializers.Initializer:
         return nn.initializers.normal(1.0 if self.cfg.init == "torch" else self.cfg.init_std)
 
-    def _add_positions(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def _add_positions(self, x: jax.Array, positions: jax.Array, from_start: bool) -> jax.Array:
         cfg = self.cfg
         if cfg.positions == "sinusoidal":
             return x + sinusoid(positions, cfg.embed_dim).astype(x.dtype)
         if cfg.positions == "learned":
             axes = ("position", "embed")
             table = self._table("positions", cfg.max_length, cfg.embed_dim, axes, self._position_init())
+            if from_start:  # no look-up, whose backward pass would scatter
+                return x + table.first(x.shape[1])[None]
             return x + table(jnp.minimum(positions, cfg.max_length - 1))
         return x
 

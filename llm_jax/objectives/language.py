@@ -62,5 +62,5 @@ class LanguageObjective:
         return sums
 
     def _logits(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
-        segment_ids = batch["segment_ids"] if self.segments else None
-        return model.apply(params, batch["tokens"], batch["positions"], segment_ids, dropout_key=dropout_key)
+        places = (batch["positions"], batch["segment_ids"]) if self.segments else ()
+        return model.apply(params, batch["tokens"], *places, dropout_key=dropout_key)

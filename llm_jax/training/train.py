@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import time
+import warnings
 from typing import Any
 
 import jax
 import optax
 
 from llm_jax import __version__, distributed, metrics, sharding
+from llm_jax.backend import compiler_options
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.data import loader, store
 from llm_jax.errors import Preempted, UserError
@@ -220,7 +222,10 @@ def evaluated(state: TrainState) -> Any:
 
 def compile_step(train_step: Any, state: TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
-    compiled = train_step.lower(state, batch).compile()
+    options = compiler_options(jax.default_backend())
+    with warnings.catch_warnings():  # programs with oneDNN's products cannot be written into the compile cache
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+        compiled = train_step.lower(state, batch).compile(compiler_options=options)
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
