@@ -156,10 +156,6 @@ class Layout:
         """Into how many pieces the batch is split."""
         return 1 if self.mesh is None else self._pieces("batch", self.activation_rules)
 
-    def parameter_pieces(self, axis: str) -> int:
-        """Into how many pieces this logical axis of parameters is split."""
-        return 1 if self.mesh is None else self._pieces(axis, self.parameter_rules)
-
     @property
     def num_devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size

@@ -3,7 +3,7 @@
 Every back end declares what it can do. `select` takes the fastest that covers the request on the platform in use, or
 stops and names what is missing; nothing falls through to a back end that would ignore part of the request.
 
-Letters: b batch, t queries, s keys, k key-value heads, g queries per key-value head, h head size.
+Letters: b batch, q queries (of all heads that share a key head), s keys, k key-value heads, h head size.
 """
 
 import dataclasses
@@ -52,25 +52,31 @@ def reference_attention(
       mask: which keys each query sees. A query that sees none (padding) gets a finite value that nothing may use.
       softcap: c in c*tanh(scores/c), before the mask; 0 leaves them.
       bias: (1 or B, N, T, S), added to the scores.
-      dropout: applied to the probabilities.
+      dropout: applied to the probabilities, (B, K, T, N / K, S).
 
     Returns:
       (B, T, N, H), in the dtype of `query`.
     """
     batch, length, heads, size = query.shape
-    groups = heads // key.shape[2]
-    query = query.reshape(batch, length, key.shape[2], groups, size)
+    kv_heads, groups = key.shape[2], heads // key.shape[2]
+    # The queries that share a key head are rows of one product; with g as an axis of its own it is slower on CPUs.
+    query = (query * size**-0.5).reshape(batch, length, kv_heads, groups, size)
+    query = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, length * groups, size)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("btkgh,bskh->bkgts", query * size**-0.5, key, preferred_element_type=wide)
+    scores = jnp.einsum("bkqh,bskh->bkqs", query, key, preferred_element_type=wide)
+    scores = scores.reshape(batch, kv_heads, length, groups, -1)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], key.shape[2], groups, *bias.shape[2:])
-    scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(scores.dtype).min)
+        bias = bias.reshape(bias.shape[0], kv_heads, groups, *bias.shape[2:])
+        scores = scores + jnp.swapaxes(bias, 2, 3)
+    scores = jnp.where(mask.dense()[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores)
     if dropout is not None:
         probabilities = dropout(probabilities)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities.astype(value.dtype), value).reshape(batch, length, heads, size)
+    probabilities = probabilities.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
+    out = jnp.einsum("bkqs,bskh->bkqh", probabilities, value).reshape(batch, kv_heads, length, groups, size)
+    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, size)
 
 
 def jax_attention(implementation: str) -> Callable[..., jax.Array]:

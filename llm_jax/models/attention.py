@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.attention import AttentionOptions, select
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.layers import Dropout, Linear, Norm, joint, linear_init
+from llm_jax.models.layers import Dropout, Linear, Norm, linear_init
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -49,9 +49,11 @@ class Attention(nn.Module):
           cache_length: slots of the cache; 0: attend within x.
         """
         cfg = self.cfg
-        heads, size = cfg.num_heads, head_dim(cfg)
+        heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
 
-        query, key, value = self._project(x)
+        query = self._heads("query", x, heads, "heads")
+        key = self._heads("key", x, kv_heads, "kv_heads")
+        value = self._heads("value", x, kv_heads, "kv_heads")
         if cfg.qk_norm:
             query = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="query_norm")(query)
             key = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="key_norm")(key)
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         dropout = None
         if train and cfg.dropout.attention:
             drop = Dropout(cfg.dropout.attention, self.layout, name="probability_dropout")
-            dropout = lambda p: drop(p, "batch", "kv_heads", None, "length", None, train=train)  # noqa: E731
+            dropout = lambda p: drop(p, "batch", "kv_heads", "length", None, None, train=train)  # noqa: E731
         options = AttentionOptions(
             segments=mask.query_segments is not None,
             window=bool(mask.window),
@@ -89,29 +91,18 @@ class Attention(nn.Module):
         )(out)
         return out * cfg.attention_output_scale
 
-    def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Queries (B, T, N, H), keys and values (B, T, K, H) of x (B, T, D)."""
-        cfg, size = self.cfg, head_dim(self.cfg)
-        axes = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
-        counts = {"heads": cfg.num_heads, "kv_heads": num_kv_heads(cfg)}
-        linears = [
-            Linear(
-                counts[axis] * size,
-                ("embed", axis),
-                linear_init(cfg),
-                self.precision,
-                use_bias=cfg.bias in ("all", "qkv"),
-                name=name,
-            )
-            for name, axis in axes.items()
-        ]
-        # Heads that are split over devices cannot be joined without moving parameters.
-        separate = self.layout.parameter_pieces("heads") > 1 or self.layout.parameter_pieces("kv_heads") > 1
-        projected = [linear(x) for linear in linears] if separate else joint(linears, x)
-        return [
-            self.layout(y.reshape(*x.shape[:-1], counts[axis], size), "batch", "length", axis, "head_dim")
-            for y, axis in zip(projected, axes.values(), strict=True)
-        ]
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        """Project (B, T, D) to (B, T, heads, H)."""
+        size = head_dim(self.cfg)
+        project = Linear(
+            heads * size,
+            ("embed", axis),
+            linear_init(self.cfg),
+            self.precision,
+            use_bias=self.cfg.bias in ("all", "qkv"),
+            name=name,
+        )
+        return self.layout(project(x).reshape(*x.shape[:-1], heads, size), "batch", "length", axis, "head_dim")
 
     def _cached(
         self, key: jax.Array, value: jax.Array, slots: jax.Array, cache_length: int

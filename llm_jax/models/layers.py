@@ -1,8 +1,6 @@
 """The leaf layers: Linear, Embedding, norms, dropout. Each parameter names its axes where it is declared."""
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -65,32 +63,16 @@ class Linear(nn.Module):
     use_bias: bool = False
     wide: bool = False
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.weights(x.shape[-1])
-        return affine(x, kernel, bias, wide=self.wide)
-
     @nn.compact
-    def weights(self, size: int) -> tuple[jax.Array, jax.Array | None]:
-        """W (size, features) and b (features,), or None without a bias."""
-        kernel = self.param("kernel", named(self.initializer, *self.axes), (size, self.features), self.precision.params)
-        if not self.use_bias:
-            return kernel, None
-        zeros = named(nn.initializers.zeros, self.axes[1])
-        return kernel, self.param("bias", zeros, (self.features,), self.precision.params)
-
-
-def joint(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
-    """Each linear layer's (..., features) of the same x, by one product: faster than several small ones."""
-    kernels, biases = zip(*(linear.weights(x.shape[-1]) for linear in linears), strict=True)
-    bias = None if biases[0] is None else jnp.concatenate(biases)
-    y = affine(x, jnp.concatenate(kernels, axis=1), bias)
-    ends = itertools.accumulate(linear.features for linear in linears)
-    return jnp.split(y, list(ends)[:-1], axis=-1)
-
-
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, wide: bool = False) -> jax.Array:
-    y = product(x, kernel.astype(x.dtype), wide=wide)
-    return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", named(self.initializer, *self.axes), shape, self.precision.params)
+        y = product(x, kernel.astype(x.dtype), wide=self.wide)
+        if self.use_bias:
+            zeros = named(nn.initializers.zeros, self.axes[1])
+            bias = self.param("bias", zeros, (self.features,), self.precision.params)
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
 
 
 def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False) -> jax.Array:
