@@ -193,15 +193,14 @@ def test_a_mixture_shares_one_tokenizer(tmp_path):
     assert len(documents(a)[0]) < 5 and len(documents(b)[0]) < 5
 
 
-def test_training_text_is_taken_in_proportion(tmp_path, monkeypatch):
-    monkeypatch.setattr(vocabulary, "TRAINING_BYTES", 400)
+def test_training_text_is_taken_in_proportion(tmp_path):
     mixture = {
         "a": SourceConfig(str(jsonl(tmp_path / "a.jsonl", ["a" * 50] * 100)), weight=3.0),
         "b": SourceConfig(str(jsonl(tmp_path / "b.jsonl", ["b" * 50] * 100)), weight=1.0),
     }
     for temperature, shares in ((1.0, (300, 100)), (1e9, (200, 200))):
         cfg = DataConfig(mixture=mixture, mixture_temperature=temperature)
-        text = "".join(vocabulary._training_sample(stores._jobs(cfg)))
+        text = "".join(vocabulary._training_sample(stores._jobs(cfg), 400))
         assert (text.count("a"), text.count("b")) == shares
 
 

@@ -18,7 +18,7 @@ from llm_jax.data.sources.documents import require
 from llm_jax.errors import ConfigError, DataError
 
 INFO = "tokenizer_info.json"
-TRAINING_BYTES = 16 << 20  # text that a BPE is trained on, at most
+CHARACTERS_AN_ENTRY = 2_000  # of text that a BPE is trained on, at most: a larger vocabulary needs more
 UNKNOWN = "\ufffd".encode()  # what an id beyond the vocabulary decodes to
 END_OF_TEXT = "<|endoftext|>"
 EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")  # in this order of preference

@@ -14,7 +14,7 @@ from llm_jax.data.progress import Progress
 from llm_jax.data.shards import sync_folder
 from llm_jax.data.sources import BadRecord
 from llm_jax.data.splits import TRAIN, VALIDATION
-from llm_jax.data.tokenizers import TRAINING_BYTES, Tokenizer
+from llm_jax.data.tokenizers import CHARACTERS_AN_ENTRY, Tokenizer
 from llm_jax.data.writer import Job
 from llm_jax.errors import ConfigError, DataError
 
@@ -28,7 +28,7 @@ def recipe(cfg: DataConfig, jobs: list[Job]) -> Any:
     if cfg.tokenizer == "char":
         return ["char", cfg.eos != "none", [job.identity() for job in jobs]]
     if cfg.tokenizer == "bpe":
-        settings = [cfg.tokenizer_vocab_size, TRAINING_BYTES]
+        settings = [cfg.tokenizer_vocab_size, CHARACTERS_AN_ENTRY]
         return ["bpe", settings, [[job.share, job.identity()] for job in jobs]]
     return ["file", tokenizers.content_hash(cfg.tokenizer)]
 
@@ -85,7 +85,8 @@ def _from_text(cfg: DataConfig, jobs: list[Job]) -> Tokenizer:
         if not characters and (bad := _first_bad_record(jobs)):
             raise DataError(f"{bad}. Correct it: without such records there is no text to take the characters from.")
         return tokenizers.CharTokenizer(characters, with_eos=cfg.eos != "none")
-    return tokenizers.train_bpe(_training_sample(jobs), cfg.tokenizer_vocab_size)
+    sample = _training_sample(jobs, CHARACTERS_AN_ENTRY * cfg.tokenizer_vocab_size)
+    return tokenizers.train_bpe(sample, cfg.tokenizer_vocab_size)
 
 
 def _first_bad_record(jobs: list[Job]) -> str:
@@ -93,10 +94,10 @@ def _first_bad_record(jobs: list[Job]) -> str:
     return next((document.reason for document in documents if isinstance(document, BadRecord)), "")
 
 
-def _training_sample(jobs: list[Job]) -> Iterator[str]:
-    """The first training documents of every source, in the mixture's proportions, TRAINING_BYTES characters in all."""
+def _training_sample(jobs: list[Job], characters: int) -> Iterator[str]:
+    """The first training documents of every source, in the mixture's proportions, so many `characters` in all."""
     for job in jobs:
-        room = round(TRAINING_BYTES * job.share)
+        room = round(characters * job.share)
         for side, text in _texts(job):
             if side == TRAIN:
                 yield text[:room]

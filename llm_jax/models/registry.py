@@ -1,6 +1,7 @@
 """From a model config to a model: `init`, `apply` and the shapes and axes of its parameters. No array is made here."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -29,12 +30,15 @@ class Model:
 
     def shapes(self) -> Any:
         """Tree of ShapeDtypeStruct of the parameters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return nn.unbox(self._abstract)
 
     def axes(self) -> Any:
         """The same tree, the logical names of each parameter's axes in place of its shape."""
-        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
-        return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda node: isinstance(node, Axes))
+        return jax.tree.map(lambda box: box.names, self._abstract, is_leaf=lambda node: isinstance(node, Axes))
+
+    @functools.cached_property
+    def _abstract(self) -> Any:
+        return jax.eval_shape(self._boxed, jax.random.key(0))  # traces the whole model, so once
 
     def apply(self, params: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> jax.Array:
         """The module's `__call__`; with a `dropout_key` in training mode."""
