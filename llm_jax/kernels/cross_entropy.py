@@ -1,9 +1,14 @@
-"""Cross-entropy from logits, for each token."""
+"""Cross-entropy for each token: from logits, or from hidden states without ever making all the logits."""
+
+import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.precision import at_least_float32
+from llm_jax.sharding import Layout
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -30,3 +35,194 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
         entropy = -(high * jnp.log(high) + (count - 1) * low * jnp.log(low))
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean) - entropy
     return loss, log_z
+
+
+def chunked_cross_entropy(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    vocab_size: int | None = None,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`cross_entropy` of the logits x @ head, of which at most (B, chunk, V) exist at a time, forward and backward.
+
+    A loop goes over pieces of the length axis. The backward pass computes each piece's logits again (one product more),
+    turns them into their gradient on the spot (d loss / d logits = softmax - wanted) and adds the piece's part of the
+    head's gradient in at least float32. Products take operands in the dtype of x and sum in at least float32.
+
+    On a mesh every device keeps its own rows and its own part of the length, and works on every piece; the gradient of
+    the head is summed over the devices once, after the loop.
+
+    Args:
+      x: (B, T, D) final hidden states.
+      head: (D, V), cast to the dtype of x; its gradient has its own dtype.
+      targets: (B, T) int32 in [0, vocab_size).
+      chunk: tokens of a row whose logits exist at a time, at least 1; T need not be a multiple. Where the length is
+        split over devices, at least one token of each device's part.
+      label_smoothing: as in `cross_entropy`.
+      softcap: c of c * tanh(logits / c); 0: none.
+      vocab_size: ids from here on have the logit -inf; None: V.
+      layout: how the arrays are split over a mesh; None: not at all.
+
+    Returns:
+      Loss and log Z (B, T) as `cross_entropy` gives them, in at least float32; and (B, T) bool, whether the target is
+      the likeliest id, which has no gradient.
+
+    Raises:
+      ValueError: the shapes do not fit, or chunk or vocab_size is out of range.
+    """
+    layout = layout or Layout()
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1.")
+    if head.shape[0] != x.shape[2] or targets.shape != x.shape[:2]:
+        raise ValueError(
+            f"x of shape {x.shape} needs a head of shape ({x.shape[2]}, V) and targets of shape {x.shape[:2]}; they "
+            f"have {head.shape} and {targets.shape}."
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= head.shape[1]:
+        raise ValueError(f"vocab_size is {vocab_size}; the head has {head.shape[1]} columns.")
+    x = layout(x, "batch", "length", "embed")
+    pieces = _Pieces.of(layout, x.shape[0], x.shape[1], chunk)
+    form = _Form(label_smoothing, softcap, vocab_size or head.shape[1], layout)
+    outputs = _over_pieces(pieces.split(x), head, pieces.split(targets), form)
+    return tuple(pieces.join(y) for y in outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """How (B, T, ...) becomes (n, S, R, P, C, ...): n pieces of R rows by C tokens for each device.
+
+    S devices split the batch and P the length, so a piece takes C tokens of each device's part of the length: no token
+    moves, no device waits. The last piece of each part is padded.
+    """
+
+    layout: Layout
+    row_parts: int
+    length_parts: int
+    count: int
+    size: int
+    length: int  # tokens of each part
+
+    @classmethod
+    def of(cls, layout: Layout, rows: int, length: int, chunk: int) -> "_Pieces":
+        sizes = dict(layout.mesh.shape) if layout.mesh is not None else {}
+        row_axes, length_axes = layout.spec(("batch", "length"), layout.activation_rules)
+        row_parts = math.prod(sizes.get(name, 1) for name in row_axes or ())
+        length_parts = math.prod(sizes.get(name, 1) for name in length_axes or ())
+        part = length // length_parts
+        size = -(-part // -(-part // max(chunk // length_parts, 1)))  # as even as they can be: little padding
+        return cls(layout, row_parts, length_parts, -(-part // size), size, part)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """(B, T, ...) to (n, S, R, P, C, ...)."""
+        rest = x.shape[2:]
+        x = x.reshape(self.row_parts, -1, self.length_parts, self.length, *rest)
+        missing = self.count * self.size - self.length
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, missing)] + [(0, 0)] * len(rest))
+        x = x.reshape(*x.shape[:3], self.count, self.size, *rest)
+        return self._placed(jnp.moveaxis(x, 3, 0))
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """(n, S, R, P, C, ...) to (B, T, ...)."""
+        rest = x.shape[5:]
+        x = jnp.moveaxis(self._placed(x), 0, 3)
+        x = x.reshape(*x.shape[:3], -1, *rest)[:, :, :, : self.length]
+        return x.reshape(x.shape[0] * x.shape[1], -1, *rest)
+
+    def _placed(self, x: jax.Array) -> jax.Array:
+        return self.layout(x, None, "batch", None, "length", *(None,) * (x.ndim - 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What stands between a piece of hidden states and its losses."""
+
+    label_smoothing: float
+    softcap: float
+    vocab_size: int
+    layout: Layout
+
+    def kernel(self, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The head as the products take it, gathered before the loop and not in every round of it."""
+        return self.layout(head.astype(dtype), "embed", "vocab")
+
+    def logits(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """(S, R, P, C, D) to (S, R, P, C, V), in at least float32."""
+        logits = _product("srpcd,dv->srpcv", x, kernel)
+        logits = self.layout(logits, "batch", None, "length", None, "vocab")
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if self.vocab_size < kernel.shape[1]:
+            logits = jnp.where(_ids(logits) < self.vocab_size, logits, -jnp.inf)
+        return logits
+
+    def logits_gradient(
+        self, logits: jax.Array, log_z: jax.Array, targets: jax.Array, d_loss: jax.Array, d_log_z: jax.Array
+    ) -> jax.Array:
+        """Gradient with respect to the product, of the shape and dtype of `logits`; the others lack its last axis."""
+        log_z, targets, d_loss, d_log_z = (y[..., None] for y in (log_z, targets, d_loss, d_log_z))
+        ids, smoothing = _ids(logits), self.label_smoothing
+        wanted = jnp.where(ids == targets, 1 - smoothing, 0.0) + smoothing / self.vocab_size
+        gradient = (d_loss + d_log_z) * jnp.exp(logits - log_z) - d_loss * wanted
+        if self.softcap:
+            gradient = gradient * (1 - jnp.square(logits / self.softcap))
+        if self.vocab_size < logits.shape[-1]:
+            gradient = jnp.where(ids < self.vocab_size, gradient, 0)
+        return gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _over_pieces(
+    x: jax.Array, head: jax.Array, targets: jax.Array, form: _Form
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x (n, S, R, P, C, D), head (D, V) and targets (n, S, R, P, C) to loss, log Z and `correct`, shaped as targets."""
+    kernel = form.kernel(head, x.dtype)
+
+    def piece(x_and_targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, targets = x_and_targets
+        logits = form.logits(x, kernel)
+        return *cross_entropy(logits, targets, form.label_smoothing), logits.argmax(-1) == targets
+
+    return jax.lax.map(piece, (x, targets))
+
+
+def _forward(x: jax.Array, head: jax.Array, targets: jax.Array, form: _Form):
+    outputs = _over_pieces(x, head, targets, form)
+    return outputs, (x, head, targets, outputs[1])
+
+
+def _backward(form: _Form, saved, cotangents):
+    x, head, targets, log_z = saved
+    d_loss, d_log_z, _ = cotangents
+    kernel = form.kernel(head, x.dtype)
+
+    def piece(d_head: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x, *others = inputs
+        # In the dtype of x, as the gradients of all other products are.
+        d_logits = form.logits_gradient(form.logits(x, kernel), *others).astype(x.dtype)
+        d_x = _product("srpcv,dv->srpcd", d_logits, kernel).astype(x.dtype)
+        d_head = d_head + _product("srpcd,srpcv->spdv", x, d_logits)
+        return form.layout(d_head, "batch", "length", "embed", "vocab"), d_x
+
+    # Each device has a sum of its own (the axes s and p): one over all devices would be exchanged in every round.
+    shape = (x.shape[1], x.shape[3], *head.shape)
+    zeros = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
+    zeros = form.layout(zeros, "batch", "length", "embed", "vocab")
+    d_head, d_x = jax.lax.scan(piece, zeros, (x, log_z, targets, d_loss, d_log_z))
+    return d_x, d_head.sum((0, 1)).astype(head.dtype), None
+
+
+_over_pieces.defvjp(_forward, _backward)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _ids(logits: jax.Array) -> jax.Array:
+    """The id that each entry of (..., V) belongs to, int32."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
