@@ -16,10 +16,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
-from llm_jax.config.checks import MESH_AXES, mesh_sizes
+from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes
 from llm_jax.errors import ConfigError, UserError
-
-BATCH_AXES = ("data", "fsdp")
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
 
@@ -38,7 +36,7 @@ PARAMETER_RULES: Rules = (
 
 ACTIVATION_RULES: Rules = (
     ("batch", BATCH_AXES),
-    ("length", ()),
+    ("length", ("sequence",)),
     ("embed", ()),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax.kernels.cross_entropy import cross_entropy
+from llm_jax.models.decoder import TokenLosses
 from llm_jax.objectives.language import LanguageObjective
 
 LOGITS = 3 * np.random.default_rng(0).normal(size=(2, 3, 5))
@@ -70,7 +71,13 @@ def test_gradient_is_finite_with_impossible_ids(smoothing):
 
 # ------------------------------------------------------------------------------------------------- the terms
 
-MODEL = SimpleNamespace(apply=lambda params, *args, dropout_key=None: params)  # its parameters are the logits
+def token_losses(logits, tokens, targets, *places, label_smoothing, chunk, dropout_key, method):
+    """A model whose parameters are the logits."""
+    assert method == "token_losses" and chunk == 0
+    return TokenLosses(*cross_entropy(logits, jnp.asarray(targets), label_smoothing), logits.argmax(-1) == targets)
+
+
+MODEL = SimpleNamespace(apply=token_losses)
 
 
 def batch(weights=WEIGHTS):

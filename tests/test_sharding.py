@@ -73,7 +73,7 @@ def test_changes_of_rules():
         ("embd=fsdp", "did you mean 'embed'?"),
         ("embed", "does not read as LOGICAL_AXIS=MESH_AXIS"),
         ("", "does not read as"),
-        ("embed=model", "names the mesh axis 'model'; there are data, fsdp, tensor"),
+        ("embed=model", "names the mesh axis 'model'; there are data, fsdp, sequence, tensor"),
     ],
 )
 def test_bad_changes_are_refused_with_their_key(change, message):
@@ -101,11 +101,11 @@ def test_every_parameter_axis_has_an_activation_rule_where_it_is_gathered():
 
 
 def test_mesh_sizes_and_axis_types():
-    assert mesh_shape(MeshConfig(), 8) == (8, 1, 1)
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 2)
+    assert mesh_shape(MeshConfig(), 8) == (8, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 1, 2)
     layout = make_layout(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert layout.mesh.axis_types == (AxisType.Auto,) * 3  # under Explicit, Linen's products raise
+    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert layout.mesh.axis_types == (AxisType.Auto,) * 4  # under Explicit, Linen's products raise
     assert layout.num_devices == 8 and layout.batch_shards == 4
     assert Layout().num_devices == Layout().batch_shards == 1 and Layout().replicated is None
 
@@ -126,7 +126,7 @@ def test_without_a_mesh_nothing_changes():
 
 def test_a_layout_for_a_machine_that_is_not_there():
     layout = abstract_layout(MeshConfig(fsdp=512, tensor=8), 8192)
-    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 512, "tensor": 8}
+    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 512, "sequence": 1, "tensor": 8}
     shapes = {"a": jax.ShapeDtypeStruct((1024, 64), jnp.float32)}
     shardings = layout.parameter_shardings(shapes, {"a": ("embed", "mlp")})
     leaf = jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=shardings["a"])
@@ -150,9 +150,9 @@ def test_batch_rows_and_pieces():
     rows = np.arange(24).reshape(8, 3)
     batch = layout.put_batch({"tokens": rows, "weights": np.arange(8.0), "pixels": np.zeros((8, 2, 2, 1))}, 8)
     np.testing.assert_array_equal(batch["tokens"], rows)
-    assert batch["pixels"].sharding.spec == P(("data", "fsdp"), None, None, None)
+    assert batch["pixels"].sharding.spec == P(("data", "fsdp"), ("sequence",), None, None)
     pieces = {shard.device.id: shard.data.tolist() for shard in batch["weights"].addressable_shards}
-    by_place = layout.mesh.devices  # (data, fsdp, tensor): tensor neighbours hold the same rows
+    by_place = layout.mesh.devices[:, :, 0]  # (data, fsdp, tensor): tensor neighbours hold the same rows
     for data in range(2):
         for fsdp in range(2):
             expected = [float(2 * (2 * data + fsdp)), float(2 * (2 * data + fsdp) + 1)]

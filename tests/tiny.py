@@ -43,9 +43,10 @@ def build(cfg: DecoderConfig, layout: Layout | None = None, dtype: str = "float3
     return registry.build(cfg, layout or Layout(), Precision(jnp.dtype(dtype), jnp.dtype(dtype)))
 
 
-def mesh_layout(data: int = 1, fsdp: int = 1, tensor: int = 1, **rules) -> Layout:
+def mesh_layout(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, **rules) -> Layout:
     """A layout over as many of the test machine's devices as the sizes need."""
-    return make_layout(MeshConfig(data, fsdp, tensor, **rules), jax.devices()[: data * fsdp * tensor])
+    devices = jax.devices()[: data * fsdp * tensor * sequence]
+    return make_layout(MeshConfig(data, fsdp, sequence, tensor, **rules), devices)
 
 
 def numbers(model: Model, seed: int = 0, scale: float = 0.3):

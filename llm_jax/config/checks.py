@@ -20,7 +20,8 @@ from llm_jax.config.schema import (
 from llm_jax.config.values import did_you_mean, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours communicate most: they come last
+BATCH_AXES = ("data", "fsdp")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
 # A key that was changed but is read only when another has one of these values: its author expects something of it.
@@ -48,8 +49,7 @@ def check(cfg: Config) -> None:
     check_data(cfg)
     check_optim(cfg.optim, run_steps(cfg))
     check_mesh(cfg.mesh)
-    if cfg.mesh.tensor > 1:
-        check_tensor_axis(cfg.model, cfg.mesh.tensor)
+    check_splits(cfg, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
     if cfg.model.attention_kernel == "cudnn" and cfg.precision.compute != "bfloat16":
         reason = f"cuDNN attention computes in 16 bits, and precision.compute is {cfg.precision.compute}"
         raise refuse(
@@ -187,6 +187,16 @@ def check_positions(model: DecoderConfig) -> None:
             reason,
             f"give more than {model.relative_buckets // 2}, or fewer model.relative_buckets",
         )
+
+
+def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
+    """What each mesh axis splits has as many equal parts. `sizes` may hold -1, for what is not known yet."""
+    if sizes["tensor"] > 1:
+        check_tensor_axis(cfg.model, sizes["tensor"])
+    length = cfg.data.sequence_length
+    if sizes["sequence"] > 1 and length % sizes["sequence"]:
+        reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
+        raise refuse("data.sequence_length", length, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
 
 
 def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
@@ -378,11 +388,10 @@ def fitting_sizes(others: int, num_devices: int, rest: bool) -> list[int]:
 def check_devices(cfg: Config, num_devices: int) -> None:
     """Refuse what does not fit on `num_devices` devices (all hosts' together)."""
     sizes = mesh_sizes(cfg.mesh, num_devices)
-    if sizes["tensor"] > 1:
-        check_tensor_axis(cfg.model, sizes["tensor"])
-    train, shards = cfg.train, sizes["data"] * sizes["fsdp"]
+    check_splits(cfg, sizes)
+    train, shards = cfg.train, math.prod(sizes[axis] for axis in BATCH_AXES)
     parts = shards * train.accumulation
-    spelt = f"mesh.data {sizes['data']} * mesh.fsdp {sizes['fsdp']} * train.accumulation {train.accumulation}"
+    spelt = " * ".join([*(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES), f"train.accumulation {train.accumulation}"])
     if train.global_batch_size % parts:
         raise refuse(
             "train.global_batch_size",
@@ -405,7 +414,7 @@ def check_devices(cfg: Config, num_devices: int) -> None:
         raise refuse(
             "eval.batch_size",
             cfg.eval.batch_size,
-            f"it does not split over {shards} devices (mesh.data * mesh.fsdp)",
+            f"it does not split over {shards} devices ({' * '.join(f'mesh.{axis}' for axis in BATCH_AXES)})",
             f"give {nearest_multiples(cfg.eval.batch_size, shards)}, or 0 for the training batch",
         )
 

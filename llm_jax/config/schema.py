@@ -172,6 +172,7 @@ class TrainConfig:
     accumulation: int = at_least(1, 1)  # micro-batches a step
     z_loss: float = at_least(0.0, 0.0)  # coefficient on log(Z)^2 (PaLM, t5x)
     label_smoothing: float = bounded(0.0, 0.0, 0.999)
+    loss_chunk: int = at_least(0, 0)  # tokens of a row whose logits exist at a time; 0: all
     max_bad_steps: int = at_least(1, 5)  # non-finite steps in a row that stop the run
     ema_decay: float = bounded(0.0, 0.0, 0.999999)  # 0: no average; else evaluation uses it
 
@@ -204,6 +205,7 @@ class MeshConfig:
 
     data: int = at_least(-1, -1)  # replicas of the parameters, each with its part of the batch
     fsdp: int = at_least(-1, 1)  # shards the batch, the parameters and the optimizer state
+    sequence: int = at_least(-1, 1)  # splits each row's tokens (context parallelism)
     tensor: int = at_least(-1, 1)  # splits heads, MLP and vocabulary
     parameter_rules: tuple[str, ...] = ()  # changes to the rule tables: "logical_axis=mesh_axis+mesh_axis"
     optimizer_rules: tuple[str, ...] = ()  # the optimizer state's, where it should differ from the parameters'

@@ -1,15 +1,17 @@
 """The decoder-only language model: embed, blocks, norm, head."""
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
+from llm_jax.kernels.cross_entropy import chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.masks import AttentionMask, causal_mask
 from llm_jax.models.attention import head_dim
-from llm_jax.models.layers import Dropout, Embedding, Linear, block_norm, linear_init
+from llm_jax.models.layers import Dropout, Embedding, Linear, block_norm, linear_init, product
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
 from llm_jax.models.transformer import Stack
 from llm_jax.precision import Precision, at_least_float32
@@ -21,14 +23,27 @@ def padded_vocab(cfg: DecoderConfig) -> int:
     return -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
 
 
+class TokenLosses(NamedTuple):
+    """What the next-token objective needs of each token.
+
+    Attributes:
+      loss: (B, T), -log p(target), smoothed where asked.
+      log_z: (B, T), log of the softmax's denominator.
+      correct: (B, T) bool, the target is the likeliest token.
+    """
+
+    loss: jax.Array
+    log_z: jax.Array
+    correct: jax.Array
+
+
 class Decoder(nn.Module):
-    """Next-token logits of a decoder-only transformer."""
+    """A decoder-only transformer: next-token logits, or the losses of given targets."""
 
     cfg: DecoderConfig
     layout: Layout
     precision: Precision
 
-    @nn.compact
     def __call__(
         self,
         tokens: jax.Array,
@@ -38,7 +53,52 @@ class Decoder(nn.Module):
         train: bool = False,
         cache_length: int = 0,
     ) -> jax.Array:
-        """Logits of the next token.
+        """Logits of the next token, (B, T, V) float32 (or float64), V the padded vocabulary; padded ids have -inf
+        unless the config keeps them. Arguments as `trunk`."""
+        x, head = self.trunk(tokens, positions, segment_ids, train=train, cache_length=cache_length)
+        return self._logits(x, head)
+
+    def token_losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        chunk: int = 0,
+        train: bool = False,
+    ) -> TokenLosses:
+        """The cross-entropy of `targets` (B, T); with `chunk`, logits exist for that many tokens of a row at a time."""
+        x, head = self.trunk(tokens, positions, segment_ids, train=train)
+        if chunk:
+            real = padded_vocab(self.cfg) if self.cfg.padded_vocab_in_softmax else self.cfg.vocab_size
+            found = chunked_cross_entropy(
+                x,
+                head,
+                targets,
+                chunk=chunk,
+                label_smoothing=label_smoothing,
+                softcap=self.cfg.logits_softcap,
+                vocab_size=real,
+                layout=self.layout,
+            )
+            return TokenLosses(*found)
+        logits = self._logits(x, head)
+        loss, log_z = cross_entropy(logits, targets, label_smoothing)
+        return TokenLosses(loss, log_z, logits.argmax(-1) == targets)
+
+    @nn.compact
+    def trunk(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        *,
+        train: bool,
+        cache_length: int = 0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """All but the product with the head.
 
         Args:
           tokens: (B, T) int32.
@@ -49,7 +109,7 @@ class Decoder(nn.Module):
           cache_length: slots of the key-value cache, for prefill and decoding; 0: none.
 
         Returns:
-          (B, T, V) float32 (or float64), V the padded vocabulary; padded ids have -inf unless the config keeps them.
+          x (B, T, D) and the head (D, V).
         """
         cfg = self.cfg
         if not cache_length and tokens.shape[1] > cfg.max_length:
@@ -73,12 +133,11 @@ class Decoder(nn.Module):
         rotary = cfg.positions == "rotary"
         angles = rotary_angles(cfg.rope, head_dim(cfg), positions) if rotary else None
         bias = self._relative_bias(mask) if cfg.positions == "relative" else None
-        x = Stack(cfg, self.layout, self.precision, name="stack")(
-            x, mask, angles, bias, train=train, cache_length=cache_length
-        )
+        stack = Stack(cfg, self.layout, self.precision, name="stack")
+        x = stack(x, mask, angles, bias, train=train, cache_length=cache_length)
         if cfg.norm_placement == "pre":
             x = block_norm(cfg, self.precision, "final_norm")(x)
-        return self._logits(x, embedding)
+        return x, self._head(x, embedding)
 
     def _table(
         self, name: str, size: int, features: int, axes: tuple[str, str], initializer: nn.initializers.Initializer
@@ -114,14 +173,15 @@ class Decoder(nn.Module):
         table = self._table("relative_bias", cfg.relative_buckets, cfg.num_heads, ("buckets", "heads"), init)
         return at_least_float32(jnp.moveaxis(table(bucket), -1, 1))
 
-    def _logits(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+    def _head(self, x: jax.Array, embedding: Embedding) -> jax.Array:
+        if self.cfg.tie_embeddings:
+            return embedding.head()
+        head = Linear(padded_vocab(self.cfg), ("embed", "vocab"), linear_init(self.cfg), self.precision, name="head")
+        return head.weights(x.shape[-1])[0].astype(x.dtype)
+
+    def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
         cfg = self.cfg
-        if cfg.tie_embeddings:
-            logits = embedding.attend(x)
-        else:
-            axes, init = ("embed", "vocab"), linear_init(cfg)
-            logits = Linear(padded_vocab(cfg), axes, init, self.precision, wide=True, name="head")(x)
-        logits = at_least_float32(self.layout(logits, "batch", "length", "vocab"))
+        logits = at_least_float32(self.layout(product(x, head, wide=True), "batch", "length", "vocab"))
         if cfg.logits_softcap:
             logits = cfg.logits_softcap * jnp.tanh(logits / cfg.logits_softcap)
         if padded_vocab(cfg) > cfg.vocab_size and not cfg.padded_vocab_in_softmax:

@@ -53,7 +53,7 @@ class Linear(nn.Module):
     """y = x W + b over the last axis: (..., in) to (..., out).
 
     All leading axes are flattened round the product: XLA:CPU has a fast path for plain matrix products alone, in the
-    backward pass too. `wide` keeps the product's float32 sums: the dtype of x is too coarse for logits.
+    backward pass too.
     """
 
     features: int
@@ -61,22 +61,25 @@ class Linear(nn.Module):
     initializer: nn.initializers.Initializer
     precision: Precision
     use_bias: bool = False
-    wide: bool = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.weights(x.shape[-1])
+        y = product(x, kernel.astype(x.dtype))
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", named(self.initializer, *self.axes), shape, self.precision.params)
-        y = product(x, kernel.astype(x.dtype), wide=self.wide)
-        if self.use_bias:
-            zeros = named(nn.initializers.zeros, self.axes[1])
-            bias = self.param("bias", zeros, (self.features,), self.precision.params)
-            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
-        return y
+    def weights(self, size: int) -> tuple[jax.Array, jax.Array | None]:
+        """W (size, features), and b (features,) or None."""
+        kernel = self.param("kernel", named(self.initializer, *self.axes), (size, self.features), self.precision.params)
+        if not self.use_bias:
+            return kernel, None
+        zeros = named(nn.initializers.zeros, self.axes[1])
+        return kernel, self.param("bias", zeros, (self.features,), self.precision.params)
 
 
 def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False) -> jax.Array:
-    """(..., in) times (in, out): (..., out) in the dtype of x, or with `wide` in at least float32."""
+    """(..., in) times (in, out): (..., out) in the dtype of x, or with `wide` in at least float32, the dtype of the
+    product's own sums: logits need it."""
     dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype)
     return y.reshape(*x.shape[:-1], matrix.shape[-1])
@@ -114,7 +117,7 @@ def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:
 
 
 class Embedding(nn.Module):
-    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D), `attend` gives the tied head's logits.
+    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D).
 
     The table is gathered over the mesh axes that shard its vectors before it is used: else the looked-up vectors would
     be split over the axes that also split the batch, and XLA would replicate them.
@@ -138,9 +141,9 @@ class Embedding(nn.Module):
         """The vectors of ids 0 to count - 1, (count, D)."""
         return self._gathered()[:count]
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """(B, T, D) to (B, T, size), in at least float32."""
-        return product(x, self._gathered().T, wide=True)
+    def head(self) -> jax.Array:
+        """(D, size): the table as an output head."""
+        return self._gathered().T
 
     def _gathered(self) -> jax.Array:
         return self.layout(self.table.astype(self.precision.compute), *self.axes)

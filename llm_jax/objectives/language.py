@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels.cross_entropy import cross_entropy
+from llm_jax.config import Config
+from llm_jax.models.decoder import TokenLosses
 from llm_jax.models.registry import Model
 
 Batch = dict[str, jax.Array]
@@ -24,6 +25,11 @@ class LanguageObjective:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     segments: bool = True  # rows hold several documents; without, masks are plain causal ones
+    chunk: int = 0  # tokens of a row whose logits exist at a time; 0: all
+
+    @classmethod
+    def make(cls, cfg: Config) -> "LanguageObjective":
+        return cls(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents, cfg.train.loss_chunk)
 
     def coefficients(self) -> dict[str, float]:
         return {"loss": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
@@ -35,32 +41,41 @@ class LanguageObjective:
 
     def sums(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Each term's sum over this batch, scalar."""
-        logits = self._logits(model, params, batch, dropout_key)
-        loss, log_z = cross_entropy(logits, batch["targets"], self.label_smoothing)
-        sums = {"loss": (loss * batch["loss_weights"]).sum()}
+        found = self._losses(model, params, batch, dropout_key, self.label_smoothing)
+        sums = {"loss": (found.loss * batch["loss_weights"]).sum()}
         if self.z_loss:
-            sums["z_loss"] = (jnp.square(log_z) * batch["loss_weights"]).sum()
+            sums["z_loss"] = (jnp.square(found.log_z) * batch["loss_weights"]).sum()
         return sums
 
     def evaluation(self, model: Model, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Sums for an honest evaluation: plain cross-entropy, no smoothing, no z-loss.
+        """Sums for an honest evaluation: plain cross-entropy, no smoothing, no other term.
 
         Returns:
           Scalars: "nats", "tokens", "correct" (the likeliest token is the target) and, where the bytes that targets
           stand for are known, "bytes".
         """
-        logits = self._logits(model, params, batch)
-        loss, _ = cross_entropy(logits, batch["targets"])
+        found = self._losses(model, params, batch)
         weights = batch["loss_weights"]
         sums = {
-            "nats": (loss * weights).sum(),
+            "nats": (found.loss * weights).sum(),
             "tokens": weights.sum(),
-            "correct": ((logits.argmax(-1) == batch["targets"]) * weights).sum(),
+            "correct": (found.correct * weights).sum(),
         }
         if "target_bytes" in batch:
             sums["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return sums
 
-    def _logits(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    def _losses(
+        self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None, smoothing: float = 0.0
+    ) -> TokenLosses:
         places = (batch["positions"], batch["segment_ids"]) if self.segments else ()
-        return model.apply(params, batch["tokens"], *places, dropout_key=dropout_key)
+        return model.apply(
+            params,
+            batch["tokens"],
+            batch["targets"],
+            *places,
+            label_smoothing=smoothing,
+            chunk=self.chunk,
+            dropout_key=dropout_key,
+            method="token_losses",
+        )

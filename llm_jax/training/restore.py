@@ -90,7 +90,7 @@ def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = (
     run = restore(workdir, step, overrides)
     stores = store.prepare(run.cfg.data)
     check_same_tokens(run, stores)
-    objective = LanguageObjective(segments=run.cfg.data.mask_documents)
+    objective = LanguageObjective.make(run.cfg)
     evaluator = make_evaluator(run.cfg, stores, run.model, objective, run.model.module.layout)
     return {"step": run.step} | evaluator(run.params, run.step)
 

@@ -15,6 +15,7 @@ import optax
 from llm_jax import __version__, distributed, metrics, sharding
 from llm_jax.backend import compiler_options
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
+from llm_jax.config.checks import MESH_AXES
 from llm_jax.data import loader, store
 from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
@@ -101,7 +102,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
 
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes, axes = model.shapes(), model.axes()
-    objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
+    objective = LanguageObjective.make(cfg)
     tx = optim.make(cfg.optim, steps, shapes, axes)
     abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
     evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
@@ -276,9 +277,8 @@ def finish(run: Run, state: TrainState) -> None:
 
 def describe(cfg: Config) -> str:
     """What `train` would run, without touching data beyond its tokenizer or making any array."""
-    num_devices = math.prod(size for size in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) if size != -1)
-    if -1 in (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor):
-        num_devices = jax.device_count()
+    sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
+    num_devices = jax.device_count() if -1 in sizes else math.prod(sizes)
     check_devices(cfg, num_devices)
     layout = sharding.abstract_layout(cfg.mesh, num_devices)
     cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
