@@ -132,6 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME of the config)")
     train.add_argument("--dry_run", action="store_true",
                        help="print what would run (config, parameters, mesh, memory, FLOPs) and stop")  # fmt: skip
+    train.add_argument("--print_sharding", action="store_true",
+                       help="print how the mesh splits every parameter, and stop")  # fmt: skip
 
     text = "measure a run's checkpoint on its validation data"
     evaluate = commands.add("evaluate", evaluate_command, text, overrides=True)
@@ -194,13 +196,15 @@ def train_command(args: argparse.Namespace) -> int:
         return print_json(to_dict(cfg))
     check(cfg)
     workdir = absolute_folder(args.workdir or os.path.join("runs", cfg.name))
-    if not args.dry_run:
+    if not (args.dry_run or args.print_sharding):
         make_writable(workdir)
         print(f"run folder: {workdir}", flush=True)
     start(cfg)
     from llm_jax.training import train
 
-    if args.dry_run:
+    if args.print_sharding:
+        print(train.sharding_table(cfg))
+    elif args.dry_run:
         print(train.describe(cfg))
     else:
         train.train(cfg, workdir)

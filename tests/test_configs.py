@@ -1,5 +1,6 @@
 """Every shipped config: as written it describes itself, and shrunk it trains; published models are as published."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,11 +12,12 @@ import pytest
 from tiny import QUICK, quick_compiler
 
 from llm_jax import cli, metrics, rng, sharding
-from llm_jax.config import check, config_names, find_config, load, to_dict
+from llm_jax.config import MeshConfig, check, config_names, find_config, load, to_dict
 from llm_jax.models import registry
 from llm_jax.models.flops import training_flops
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
+from llm_jax.sharding import abstract_layout
 
 
 def variants() -> list[str]:
@@ -83,9 +85,39 @@ def test_describes_itself(capsys, tmp_path, spec):
     out = capsys.readouterr().out
     assert f'"name": "{load(spec).name}"' in out
     assert re.search(r"^[\d,]+ parameters; [\d,]+ tokens a step; \S+ FLOPs a step \(\d+% of them attention\)$", out, re.M)
-    assert re.search(r"^mesh: data \d+ x fsdp \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
+    assert re.search(r"^mesh: data \d+ x fsdp \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
     assert re.search(r"^memory a device: [\d,.]+ MiB of state", out, re.M)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_large_parameter_is_replicated_on_eight_devices(spec):
+    """None above 1 MiB, a stack counted by its layer."""
+    cfg = load(spec)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 50_304))
+    layout = abstract_layout(MeshConfig(fsdp=8), 8)
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    placed = layout.parameter_shardings(model.shapes(), model.axes())
+    names = jax.tree.leaves(model.axes(), is_leaf=lambda node: isinstance(node, tuple))
+    leaves = zip(jax.tree.leaves(model.shapes()), jax.tree.leaves(placed), names, strict=True)
+    layers = cfg.model.num_layers
+    large = [x for leaf, x, axes in leaves if 4 * leaf.size > 2**20 * (layers if "layers" in axes else 1)]
+    assert large and not any(place.is_fully_replicated for place in large)
+
+
+def test_the_sharding_table(capsys):
+    """Of a model whose shares can be reckoned by hand."""
+    changes = ("model.vocab_size=256", "model.activation=gelu", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
+    sizes = ("model.num_layers=3", "model.embed_dim=64", "model.num_heads=4", "data.tokenizer=byte")
+    flags = [f"--config.{change}" for change in (*changes, *sizes, "model.scan_layers=True")]
+    assert cli.main(["train", "--config=quickstart", "--print_sharding", *flags]) == 0
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    found = {cells[0]: cells[1:] for cells in lines}
+    up = ["float32[3, 64, 256]", "layers, embed, mlp", "-, fsdp, tensor", f"{3 * 64 * 256 * 4 // 4:,}"]
+    assert found["stack/blocks/mlp/up/kernel"] == up
+    assert found["final_norm/scale"] == ["float32[64]", "norm", "replicated", "256"]
+    total = sum(int(cells[-1].replace(",", "")) for cells in lines[1:-1])
+    assert lines[-1] == [f"{len(lines) - 2} parameters, {total:,} bytes a device"]
 
 
 def distinct() -> list[str]:

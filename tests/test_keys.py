@@ -110,7 +110,7 @@ def program(cfg, folder):
     state = train_state.abstract(model, tx, Layout(), ema=cfg.train.ema_decay > 0)
     shape = (cfg.train.global_batch_size, cfg.data.sequence_length)
     whole = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    objective = LanguageObjective(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents)
+    objective = LanguageObjective.make(cfg)
     step = make_train_step(
         model, objective, tx, optim.learning_rate(cfg.optim, 20), Layout(), state,
         seed=cfg.seed, accumulation=cfg.train.accumulation, ema_decay=cfg.train.ema_decay,
@@ -277,6 +277,7 @@ KEYS = {
     "train.accumulation": (program, 2),
     "train.z_loss": (program, 1e-3),
     "train.label_smoothing": (program, 0.1),
+    "train.loss_chunk": (program, 4),
     "train.max_bad_steps": None,  # e2e/test_kill.py: the run stops after as many
     "train.ema_decay": (program, 0.9),
     "optim.name": (updates, "lion"),
@@ -299,6 +300,7 @@ KEYS = {
     "optim.freeze": (updates, ".*scale"),
     "mesh.data": (shards, 2, "mesh.data=1", "mesh.fsdp=-1"),
     "mesh.fsdp": (shards, 2),
+    "mesh.sequence": (shards, 2),
     "mesh.tensor": (shards, 2, "model.vocab_multiple=2"),
     "mesh.parameter_rules": (shards, "mlp=data"),
     "mesh.optimizer_rules": (shards, "mlp=data"),

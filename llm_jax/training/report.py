@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from llm_jax import metrics
+from llm_jax import metrics, sharding
 from llm_jax.config import Config
 from llm_jax.errors import BadStepsError
 from llm_jax.models.flops import FORMULA, Flops
 from llm_jax.models.registry import Model, count_parameters
+from llm_jax.sharding import path_name
 
 
 class StepReport:
@@ -101,6 +102,34 @@ def cost_line(model: Model, cfg: Config, flops: Flops) -> str:
 def peak_flops() -> float | None:
     """FLOP/s of one of this process's devices, where its kind is known."""
     return metrics.peak_flops(jax.devices()[0].device_kind, metrics.devices_a_chip(jax.local_devices()))
+
+
+def sharding_table(params: Any, axes: Any) -> str:
+    """One line a parameter, largest share of a device's memory first, and their sum.
+
+    Args:
+      params: tree of ShapeDtypeStruct with NamedShardings.
+      axes: the same tree, the logical names of each parameter's axes.
+    """
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    rows = []
+    for (path, leaf), logical in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
+        over = [" + ".join(used_axes(leaf.sharding, part)) or "-" for part in leaf.sharding.spec]
+        split = ", ".join(over) if any(part != "-" for part in over) else "replicated"
+        size = sharding.bytes_a_device(leaf)
+        rows.append((size, (path_name(path), f"{leaf.dtype}{list(leaf.shape)}", ", ".join(logical), split)))
+    rows.sort(key=lambda row: -row[0])
+    header = ("parameter", "shape", "logical axes", "mesh axes")
+    widths = [max(len(cells[i]) for cells in [header, *(cells for _, cells in rows)]) for i in range(len(header))]
+    line = lambda cells: "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))  # noqa: E731
+    lines = [f"{line(header)}  bytes a device", *(f"{line(cells)}  {size:,}" for size, cells in rows)]
+    return "\n".join([*lines, f"{len(rows)} parameters, {sum(size for size, _ in rows):,} bytes a device"])
+
+
+def used_axes(placed: jax.sharding.NamedSharding, part: Any) -> list[str]:
+    """The mesh axes, of those that a dimension's part of the spec names, that have more than one device."""
+    part = (part,) if isinstance(part, str) else part or ()
+    return [axis for axis in part if placed.mesh.shape[axis] > 1]
 
 
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}

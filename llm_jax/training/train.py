@@ -277,16 +277,8 @@ def finish(run: Run, state: TrainState) -> None:
 
 def describe(cfg: Config) -> str:
     """What `train` would run, without touching data beyond its tokenizer or making any array."""
-    sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
-    num_devices = jax.device_count() if -1 in sizes else math.prod(sizes)
-    check_devices(cfg, num_devices)
-    layout = sharding.abstract_layout(cfg.mesh, num_devices)
-    cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
-    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
-    shapes, axes = model.shapes(), model.axes()
-    tx = optim.make(cfg.optim, run_steps(cfg) or sys.maxsize, shapes, axes)  # the data alone knows an epoch's length
-    state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
-    cost = flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length)
+    cfg, layout, model, state = planned(cfg)
+    cost = flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     gradient = sharding.bytes_a_device(state.params)
     return "\n".join(
@@ -294,8 +286,27 @@ def describe(cfg: Config) -> str:
             json.dumps(to_dict(cfg), indent=2),
             report.cost_line(model, cfg, cost),
             f"FLOPs a token: {flops.FORMULA}",
-            f"mesh: {mesh} ({num_devices} devices)",
+            f"mesh: {mesh} ({layout.num_devices} devices)",
             f"memory a device: {sharding.bytes_a_device(state) / 2**20:,.1f} MiB of state and "
             f"{gradient / 2**20:,.1f} MiB of gradients, activations not counted",
         ]
     )
+
+
+def sharding_table(cfg: Config) -> str:
+    """How `train` would split every parameter: path, shape, logical axes, mesh axes, bytes a device."""
+    _, _, model, state = planned(cfg)
+    return report.sharding_table(state.params, model.axes())
+
+
+def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
+    """The run's parts as far as they exist without data or devices: the resolved config, layout, model, state."""
+    sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
+    num_devices = jax.device_count() if -1 in sizes else math.prod(sizes)
+    check_devices(cfg, num_devices)
+    layout = sharding.abstract_layout(cfg.mesh, num_devices)
+    cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
+    tx = optim.make(cfg.optim, updates, model.shapes(), model.axes())
+    return cfg, layout, model, train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
