@@ -159,15 +159,16 @@ def test_vocabulary_is_the_tokenizers_or_at_least_as_large():
 @pytest.mark.parametrize(
     "overrides, num_devices, expected",
     [
-        ([], 8, (8, 1, 1)),
-        (["mesh.tensor=2"], 8, (4, 1, 2)),
-        (["mesh.data=2", "mesh.fsdp=-1"], 8, (2, 4, 1)),
-        (["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], 4, (1, 2, 2)),
+        ([], 8, (8, 1, 1, 1)),
+        (["mesh.tensor=2"], 8, (4, 1, 1, 2)),
+        (["mesh.sequence=4"], 8, (2, 1, 4, 1)),
+        (["mesh.data=2", "mesh.fsdp=-1"], 8, (2, 4, 1, 1)),
+        (["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], 4, (1, 2, 1, 2)),
     ],
 )
 def test_mesh_sizes(overrides, num_devices, expected):
     sizes = mesh_sizes(load("", overrides).mesh, num_devices)
-    assert tuple(sizes.items()) == tuple(zip(("data", "fsdp", "tensor"), expected, strict=True))
+    assert tuple(sizes.items()) == tuple(zip(("data", "fsdp", "sequence", "tensor"), expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,7 @@ def test_mesh_sizes(overrides, num_devices, expected):
         (["train.global_batch_size=12"], 8, ["train.global_batch_size = 12", "mesh.data 8", "8 or 16"]),
         (["train.global_batch_size=16", "train.accumulation=4"], 8, ["train.global_batch_size = 16", "give 32"]),
         (["train.per_device_batch_size=2"], 8, ["train.per_device_batch_size = 2", "16 sequences", "set it to 4"]),
+        (["mesh.sequence=8", "data.sequence_length=100"], 8, ["length = 100", "mesh.sequence = 8", "give 96 or 104"]),
         (["eval.batch_size=12"], 8, ["eval.batch_size = 12", "8 or 16"]),
     ],
 )
