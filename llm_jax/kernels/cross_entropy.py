@@ -48,11 +48,12 @@ def chunked_cross_entropy(
     vocab_size: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cross_entropy` of the logits x @ head, of which at most (B, chunk, V) exist at a time, forward and backward.
+    """`cross_entropy` of the logits x @ head, of which only (B, chunk, V) exist at a time, forward and backward.
 
-    A loop goes over pieces of the length axis. The backward pass computes each piece's logits again (one product more),
-    turns them into their gradient on the spot (d loss / d logits = softmax - wanted) and adds the piece's part of the
-    head's gradient in at least float32. Products take operands in the dtype of x and sum in at least float32.
+    A loop goes over pieces of the length axis; its memory is a few arrays of that size. The backward pass computes each
+    piece's logits again (one product more), turns them into their gradient on the spot (d loss / d logits = softmax -
+    wanted) and adds the piece's part of the head's gradient in at least float32. Products take operands in the dtype of
+    x and sum in at least float32.
 
     On a mesh every device keeps its own rows and its own part of the length, and works on every piece; the gradient of
     the head is summed over the devices once, after the loop.
@@ -109,10 +110,12 @@ class _Pieces:
 
     @classmethod
     def of(cls, layout: Layout, rows: int, length: int, chunk: int) -> "_Pieces":
-        sizes = dict(layout.mesh.shape) if layout.mesh is not None else {}
-        row_axes, length_axes = layout.spec(("batch", "length"), layout.activation_rules)
-        row_parts = math.prod(sizes.get(name, 1) for name in row_axes or ())
-        length_parts = math.prod(sizes.get(name, 1) for name in length_axes or ())
+        rules = dict(layout.activation_rules)
+
+        def parts(axis: str) -> int:
+            return 1 if layout.mesh is None else math.prod(layout.mesh.shape[name] for name in rules[axis])
+
+        row_parts, length_parts = parts("batch"), parts("length")
         part = length // length_parts
         size = -(-part // -(-part // max(chunk // length_parts, 1)))  # as even as they can be: little padding
         return cls(layout, row_parts, length_parts, -(-part // size), size, part)
@@ -120,21 +123,26 @@ class _Pieces:
     def split(self, x: jax.Array) -> jax.Array:
         """(B, T, ...) to (n, S, R, P, C, ...)."""
         rest = x.shape[2:]
-        x = x.reshape(self.row_parts, -1, self.length_parts, self.length, *rest)
+        x = self._placed(x.reshape(self.row_parts, -1, self.length_parts, self.length, *rest))
         missing = self.count * self.size - self.length
-        x = jnp.pad(x, [(0, 0)] * 3 + [(0, missing)] + [(0, 0)] * len(rest))
-        x = x.reshape(*x.shape[:3], self.count, self.size, *rest)
-        return self._placed(jnp.moveaxis(x, 3, 0))
+        x = self._placed(jnp.pad(x, [(0, 0)] * 3 + [(0, missing)] + [(0, 0)] * len(rest)))
+        x = self._placed(x.reshape(*x.shape[:3], self.count, self.size, *rest))
+        return self.layout(jnp.moveaxis(x, 3, 0), None, *self._axes(x.ndim - 1))
 
     def join(self, x: jax.Array) -> jax.Array:
         """(n, S, R, P, C, ...) to (B, T, ...)."""
         rest = x.shape[5:]
-        x = jnp.moveaxis(self._placed(x), 0, 3)
-        x = x.reshape(*x.shape[:3], -1, *rest)[:, :, :, : self.length]
+        x = self._placed(jnp.moveaxis(x, 0, 3))
+        x = self._placed(x.reshape(*x.shape[:3], -1, *rest))
+        x = self._placed(x[:, :, :, : self.length])
         return x.reshape(x.shape[0] * x.shape[1], -1, *rest)
 
     def _placed(self, x: jax.Array) -> jax.Array:
-        return self.layout(x, None, "batch", None, "length", *(None,) * (x.ndim - 4))
+        """(S, R, P, ...), kept where it is at each step: left to itself, XLA moves it about."""
+        return self.layout(x, *self._axes(x.ndim))
+
+    def _axes(self, ndim: int) -> tuple[str | None, ...]:
+        return "batch", None, "length", *(None,) * (ndim - 3)
 
 
 @dataclasses.dataclass(frozen=True)
