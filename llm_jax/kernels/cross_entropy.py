@@ -123,26 +123,20 @@ class _Pieces:
     def split(self, x: jax.Array) -> jax.Array:
         """(B, T, ...) to (n, S, R, P, C, ...)."""
         rest = x.shape[2:]
-        x = self._placed(x.reshape(self.row_parts, -1, self.length_parts, self.length, *rest))
+        x = x.reshape(self.row_parts, -1, self.length_parts, self.length, *rest)
         missing = self.count * self.size - self.length
-        x = self._placed(jnp.pad(x, [(0, 0)] * 3 + [(0, missing)] + [(0, 0)] * len(rest)))
-        x = self._placed(x.reshape(*x.shape[:3], self.count, self.size, *rest))
-        return self.layout(jnp.moveaxis(x, 3, 0), None, *self._axes(x.ndim - 1))
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, missing)] + [(0, 0)] * len(rest))
+        x = x.reshape(*x.shape[:3], self.count, self.size, *rest)
+        return self._placed(jnp.moveaxis(x, 3, 0))
 
     def join(self, x: jax.Array) -> jax.Array:
-        """(n, S, R, P, C, ...) to (B, T, ...)."""
-        rest = x.shape[5:]
-        x = self._placed(jnp.moveaxis(x, 0, 3))
-        x = self._placed(x.reshape(*x.shape[:3], -1, *rest))
-        x = self._placed(x[:, :, :, : self.length])
-        return x.reshape(x.shape[0] * x.shape[1], -1, *rest)
+        """(n, S, R, P, C) to (B, T)."""
+        x = jnp.moveaxis(self._placed(x), 0, 3)
+        x = x.reshape(*x.shape[:3], -1)[..., : self.length]
+        return self.layout(x.reshape(x.shape[0] * x.shape[1], -1), "batch", "length")
 
     def _placed(self, x: jax.Array) -> jax.Array:
-        """(S, R, P, ...), kept where it is at each step: left to itself, XLA moves it about."""
-        return self.layout(x, *self._axes(x.ndim))
-
-    def _axes(self, ndim: int) -> tuple[str | None, ...]:
-        return "batch", None, "length", *(None,) * (ndim - 3)
+        return self.layout(x, None, "batch", None, "length", *(None,) * (x.ndim - 4))
 
 
 @dataclasses.dataclass(frozen=True)
