@@ -1,0 +1,429 @@
+"""Context parallelism: attention over rows whose tokens are split over a mesh axis, by a ring or by all-to-all.
+
+`ring_attention` (Liu et al. 2023, arXiv 2310.01889): keys and values go round the devices, and each device keeps a
+running softmax of its own queries. It has no limit on heads, and its memory is linear in the length.
+`ulysses_attention` (Jacobs et al. 2023, arXiv 2309.14509): an all-to-all gives each device whole rows of some heads,
+another brings them back. It sends less, but needs heads enough.
+
+Both go by the places in the mask, not by where a token stands in the array: rows may come in any order. With
+`zigzag_order` every device has the same work under a causal mask.
+
+Letters: b batch, t queries, s keys, n heads, k key-value heads, r rows (a query of each head of one key head), h head
+size.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from llm_jax.errors import ConfigError
+from llm_jax.kernels.attention import reference_attention
+from llm_jax.kernels.masks import AttentionMask
+from llm_jax.precision import at_least_float32
+
+# ------------------------------------------------------------------------------------------------ order of tokens
+
+
+def zigzag_order(length: int, parts: int) -> np.ndarray:
+    """(length,) int64: which token of a row stands at each place, so that a causal mask gives all parts equal work.
+
+    Of 2 * parts equal chunks, part i holds chunk i and chunk 2 * parts - 1 - i: an early one, whose queries see few
+    keys, and a late one. `x[:, zigzag_order(...)]` orders rows so. Raises ConfigError if the chunks cannot be equal.
+    """
+    if length % (2 * parts):
+        raise ConfigError(
+            f"Rows of {length} tokens cannot be split into {2 * parts} equal chunks, two for each of {parts} devices "
+            f"(mesh.sequence). Make data.sequence_length a multiple of {2 * parts}."
+        )
+    chunks = np.arange(length).reshape(2, parts, -1)
+    return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+
+
+def zigzag_inverse(length: int, parts: int) -> np.ndarray:
+    """(length,) int64: puts rows in zig-zag order back: `x[:, order][:, inverse]` is x."""
+    return np.argsort(zigzag_order(length, parts))
+
+
+# ------------------------------------------------------------------------------------------------ what is split how
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Over which mesh axes the arrays of an attention are split: tokens, rows of the batch, heads."""
+
+    mesh: Mesh | AbstractMesh
+    axis: str
+    batch_axes: tuple[str, ...]
+    head_axes: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        return self.mesh.shape[self.axis]
+
+    @property
+    def head_parts(self) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.head_axes)
+
+    @property
+    def heads(self) -> PartitionSpec:
+        """Of an array (batch, tokens, heads, ...)."""
+        return PartitionSpec(self.batch_axes, self.axis, self.head_axes)
+
+    def mask(self, mask: AttentionMask, axis: str | None) -> AttentionMask:
+        """The partition of each array of the mask, with tokens over `axis`."""
+        index, row = PartitionSpec(axis), PartitionSpec(self.batch_axes, axis)
+        return dataclasses.replace(
+            mask,
+            query_index=index if mask.query_index.ndim == 1 else row,
+            key_index=index,
+            query_segments=None if mask.query_segments is None else row,
+            key_segments=None if mask.key_segments is None else row,
+        )
+
+    def check(self, query: jax.Array, key: jax.Array) -> None:
+        """Raises ConfigError where tokens or heads do not split evenly."""
+        for what, x in (("queries", query), ("keys", key)):
+            if x.shape[1] % self.parts:
+                raise ConfigError(
+                    f"Rows of {x.shape[1]} {what} do not split over the {self.parts} devices of mesh.{self.axis}. Make "
+                    f"data.sequence_length a multiple of {self.parts}."
+                )
+            if x.shape[2] % self.head_parts:
+                raise ConfigError(
+                    f"The {x.shape[2]} heads of the {what} do not split over the {self.head_parts} devices of "
+                    f"{' x '.join(f'mesh.{name}' for name in self.head_axes)}. Change the mesh, or model.num_heads and "
+                    "model.num_kv_heads."
+                )
+
+
+# ------------------------------------------------------------------------------------------------ all-to-all
+
+
+def ulysses_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: AttentionMask,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str = "sequence",
+    batch_axes: tuple[str, ...],
+    head_axes: tuple[str, ...],
+    softcap: float = 0.0,
+) -> jax.Array:
+    """`reference_attention` of whole rows, each device for its share of the heads (arXiv 2309.14509, section 3).
+
+    Where key-value heads are too few, each is sent to all the devices whose queries need it.
+
+    Args:
+      query: (B, T, N, H), a global array under jit; T is split over `axis`, B over `batch_axes`, N over `head_axes`.
+      key, value: (B, S, K, H), split likewise.
+      mask: global, with the places of the tokens in whatever order they stand.
+      softcap: c in c*tanh(scores/c); 0 leaves them.
+
+    Returns:
+      (B, T, N, H), split as `query`, in its dtype. Queries that see nothing get a finite value that nothing may use.
+
+    Raises:
+      ConfigError: tokens or heads do not split evenly.
+    """
+    split = Split(mesh, axis, tuple(batch_axes), tuple(head_axes))
+    split.check(query, key)
+    heads, kv_heads = query.shape[2] // split.head_parts, key.shape[2] // split.head_parts
+    shares = math.lcm(kv_heads, split.parts)
+    if heads % shares:
+        raise ConfigError(
+            f"model.attention_kernel='ulysses' splits heads over mesh.{axis}={split.parts} devices: {heads} query and "
+            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then "
+            f"be a multiple of {shares}. Take model.attention_kernel='ring', which has no such limit, or a smaller "
+            f"mesh.{axis}."
+        )
+
+    def whole_rows(x: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
+        key, value = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (key, value))
+        out = reference_attention(whole_rows(query), whole_rows(key), whole_rows(value), mask, softcap=softcap)
+        return jax.lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)
+
+    specs = (split.heads, split.heads, split.heads, split.mask(mask, None))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split.heads)(query, key, value, mask)
+
+
+# ------------------------------------------------------------------------------------------------ ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring(Split):
+    """All that is static about a ring attention."""
+
+    softcap: float
+    tile: int
+
+    def pass_on(self, block: Any) -> Any:
+        """Each device's block goes to the next device, and the one before sends its own."""
+        pairs = [(part, (part + 1) % self.parts) for part in range(self.parts)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), block)
+
+
+def ring_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: AttentionMask,
+    *,
+    mesh: Mesh | AbstractMesh,
+    axis: str = "sequence",
+    batch_axes: tuple[str, ...],
+    head_axes: tuple[str, ...],
+    softcap: float = 0.0,
+    tile: int = 512,
+) -> jax.Array:
+    """Exact attention in memory linear in the length, forward and backward (arXiv 2310.01889, section 3).
+
+    Each device works through its block of scores tile by tile and leaves out the tiles where no query sees a key, be
+    it for order, window or segments. The gradient goes round the ring once more and computes the scores again from
+    the saved logsumexp (Dao 2023, arXiv 2307.08691, algorithm 2). Scores and all sums are in at least float32.
+
+    Args:
+      query: (B, T, N, H), a global array under jit; T is split over `axis`, B over `batch_axes`, N over `head_axes`.
+      key, value: (B, S, K, H), split likewise, with N a multiple of K.
+      mask: global, with the places of the tokens in whatever order they stand.
+      softcap: c in c*tanh(scores/c); 0 leaves them.
+      tile: about how many queries, and keys, are worked on at once.
+
+    Returns:
+      (B, T, N, H), split as `query`, in its dtype; 0 for queries that see nothing.
+
+    Raises:
+      ConfigError: tokens or heads do not split evenly.
+    """
+    ring = Ring(mesh, axis, tuple(batch_axes), tuple(head_axes), softcap, tile)
+    ring.check(query, key)
+    return _ring(query, key, value, mask, ring)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, ring: Ring) -> jax.Array:
+    return _forward(query, key, value, mask, ring)[0]
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, ring: Ring) -> tuple[Any, Any]:
+    # Every device's arrays are its own, and nothing is differentiated through shard_map: no need to check_vma.
+    out, logsumexp = jax.shard_map(
+        functools.partial(_ring_forward, ring=ring),
+        mesh=ring.mesh,
+        in_specs=(ring.heads, ring.heads, ring.heads, ring.mask(mask, ring.axis)),
+        out_specs=(ring.heads, ring.heads),
+        check_vma=False,
+    )(query, key, value, mask)
+    return out, (query, key, value, mask, out, logsumexp)
+
+
+def _backward(ring: Ring, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
+    mask = saved[3]
+    gradients = jax.shard_map(
+        functools.partial(_ring_backward, ring=ring),
+        mesh=ring.mesh,
+        in_specs=(ring.heads, ring.heads, ring.heads, ring.mask(mask, ring.axis), ring.heads, ring.heads, ring.heads),
+        out_specs=(ring.heads, ring.heads, ring.heads),
+        check_vma=False,
+    )(*saved, d_out)
+    return *gradients, None  # a mask has no gradient
+
+
+_ring.defvjp(_forward, _backward)
+
+
+# Within a device: places and numbers lie in tiles, the number of the tile first.
+
+
+def _ring_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, ring: Ring
+) -> tuple[jax.Array, jax.Array]:
+    """On one device: its queries against every block of keys. Returns out (b, t, n, h) and logsumexp (b, t, n, 1)."""
+    tile, key_tile = (_tile_length(x.shape[1], ring.tile) for x in (query, key))
+    kv_heads = key.shape[2]
+    query_places, key_places = _tiled_places(mask, tile, key_tile)
+    queries = (query_places, _tiled(query, kv_heads, tile))
+    block = (key_places, _tiled(key, kv_heads, key_tile), _tiled(value, kv_heads, key_tile))
+
+    wide = at_least_float32(queries[1])
+    lowest = jnp.full_like(wide[..., :1], jnp.finfo(wide.dtype).min)
+    state = (jnp.zeros_like(wide), jnp.zeros_like(lowest), lowest)
+
+    def attend(state: Any, block: Any) -> Any:
+        """The running softmax of all queries, with one more block of keys."""
+
+        def one_query_tile(tile: Any) -> Any:
+            queries, state = tile
+
+            def one_key_tile(state: Any, keys: Any) -> tuple[Any, None]:
+                return _where_seen(_forward_tile, mask, ring.softcap, state, queries, keys), None
+
+            return jax.lax.scan(one_key_tile, state, block)[0]
+
+        return jax.lax.map(one_query_tile, (queries, state))
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        state, block = carry
+        coming = ring.pass_on(block)  # travels while this device works on the block that it has
+        return (attend(state, block), coming), None
+
+    (state, block), _ = jax.lax.scan(step, (state, block), length=ring.parts - 1)
+    total, weight, peak = attend(state, block)
+
+    nothing = weight == 0
+    weight = jnp.where(nothing, 1, weight)
+    logsumexp = jnp.where(nothing, 0, peak + jnp.log(weight))
+    return _untiled(total / weight, tile).astype(query.dtype), _untiled(logsumexp, tile)
+
+
+def _ring_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: AttentionMask,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    d_out: jax.Array,
+    *,
+    ring: Ring,
+) -> tuple[jax.Array, ...]:
+    """On one device: gradients of its queries, keys and values. Those of a block of keys go round behind it."""
+    tile, key_tile = (_tile_length(x.shape[1], ring.tile) for x in (query, key))
+    kv_heads = key.shape[2]
+    query_places, key_places = _tiled_places(mask, tile, key_tile)
+    delta = (at_least_float32(out) * at_least_float32(d_out)).sum(-1, keepdims=True)  # sum over keys of p * dp
+    queries = (query_places, *(_tiled(x, kv_heads, tile) for x in (query, d_out, logsumexp, delta)))
+    block = (key_places, _tiled(key, kv_heads, key_tile), _tiled(value, kv_heads, key_tile))
+
+    def attend(d_query: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+        """The gradient of the queries, with one more block of keys; and the gradient of that block."""
+
+        def one_query_tile(d_block: Any, tile: Any) -> tuple[Any, jax.Array]:
+            queries, d_query = tile
+
+            def one_key_tile(d_query: jax.Array, tile: Any) -> tuple[jax.Array, Any]:
+                keys, d_keys = tile
+                sums = (d_query, *d_keys)
+                d_query, *d_keys = _where_seen(_backward_tile, mask, ring.softcap, sums, queries, keys)
+                return d_query, tuple(d_keys)
+
+            d_query, d_block = jax.lax.scan(one_key_tile, d_query, (block, d_block))
+            return d_block, d_query
+
+        zeros = tuple(jnp.zeros_like(at_least_float32(x)) for x in block[1:])
+        d_block, d_query = jax.lax.scan(one_query_tile, zeros, (queries, d_query))
+        return d_query, d_block
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        d_query, d_block, block = carry
+        coming, d_arrived = ring.pass_on((block, d_block))  # both travel while this device works
+        d_query, d_block = attend(d_query, block)
+        return (d_query, jax.tree.map(jnp.add, d_arrived, d_block), coming), None
+
+    coming = ring.pass_on(block)
+    d_query, d_block = attend(jnp.zeros_like(at_least_float32(queries[1])), block)
+    (d_query, d_block, _), _ = jax.lax.scan(step, (d_query, d_block, coming), length=ring.parts - 1)
+    d_key, d_value = ring.pass_on(d_block)  # one step on from the last device is home
+    gradients = (_untiled(d_query, tile), _untiled(d_key, key_tile), _untiled(d_value, key_tile))
+    return tuple(d.astype(x.dtype) for d, x in zip(gradients, (query, key, value), strict=True))
+
+
+def _where_seen(
+    update: Callable[..., Any], mask: AttentionMask, softcap: float, sums: Any, queries: Any, keys: Any
+) -> Any:
+    """`update(sums, ...)` for a tile of queries and one of keys, or `sums` where none of them sees another."""
+    (query_index, query_segments), (key_index, key_segments) = queries[0], keys[0]
+    seen = dataclasses.replace(
+        mask,
+        query_index=query_index,
+        key_index=key_index,
+        query_segments=query_segments,
+        key_segments=key_segments,
+    ).dense()
+
+    def run(sums: Any, seen: jax.Array, queries: Any, keys: Any) -> Any:
+        groups = queries[1].shape[2] // seen.shape[1]
+        return update(sums, queries[1:], keys[1:], jnp.repeat(seen, groups, axis=1)[:, None], softcap)
+
+    return jax.lax.cond(seen.any(), run, lambda sums, *_: sums, sums, seen, queries, keys)
+
+
+def _forward_tile(sums: Any, queries: Any, keys: Any, seen: jax.Array, softcap: float) -> Any:
+    """The running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867): sum of p v, sum of p, highest score."""
+    (total, weight, peak), (query,), (key, value) = sums, queries, keys
+    scores, _ = _scores(query, key, seen, softcap)
+    new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+    p = jnp.where(seen, jnp.exp(scores - new_peak), 0)  # a row that sees nothing has all scores at its peak
+    shrink = jnp.exp(peak - new_peak)
+    total = total * shrink + _product("bkrs,bksh->bkrh", p.astype(value.dtype), value)
+    return total, weight * shrink + p.sum(-1, keepdims=True), new_peak
+
+
+def _backward_tile(sums: Any, queries: Any, keys: Any, seen: jax.Array, softcap: float) -> Any:
+    """What a tile adds to the gradients of its queries, keys and values (arXiv 2307.08691, algorithm 2)."""
+    (d_query, d_key, d_value), (query, d_out, logsumexp, delta), (key, value) = sums, queries, keys
+    scores, slope = _scores(query, key, seen, softcap)
+    p = jnp.exp(scores - logsumexp)
+    d_value += _product("bkrs,bkrh->bksh", p.astype(d_out.dtype), d_out)
+    d_scores = p * (_product("bkrh,bksh->bkrs", d_out, value) - delta) * slope
+    d_scores = d_scores.astype(query.dtype)
+    d_query += _product("bkrs,bksh->bkrh", d_scores, key)
+    d_key += _product("bkrs,bkrh->bksh", d_scores, query)
+    return d_query, d_key, d_value
+
+
+def _scores(query: jax.Array, key: jax.Array, seen: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
+    """(b, k, r, s) scores, the lowest number where not `seen`; and their slope by the product of query and key."""
+    slope = query.shape[-1] ** -0.5
+    scores = _product("bkrh,bksh->bkrs", query, key) * slope
+    if softcap:
+        capped = jnp.tanh(scores / softcap)
+        scores, slope = softcap * capped, slope * (1 - capped * capped)
+    return jnp.where(seen, scores, jnp.finfo(scores.dtype).min), slope
+
+
+def _product(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(letters, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _tile_length(length: int, target: int) -> int:
+    """The divisor nearest to `target` of half the length: a tile lies in one of the two chunks of a zig-zag order."""
+    half = length // 2 if length % 2 == 0 else length
+    divisors = [size for size in range(1, half + 1) if half % size == 0]
+    return min(divisors, key=lambda size: abs(math.log(size / target)))
+
+
+def _tiled(x: jax.Array, kv_heads: int, tile: int) -> jax.Array:
+    """(b, t, n, h) to (t / tile, b, k, r, h), with the heads that share a key head as rows of one product."""
+    batch, length, heads, size = x.shape
+    x = x.reshape(batch, length // tile, tile, kv_heads, heads // kv_heads, size)
+    return x.transpose(1, 0, 3, 2, 4, 5).reshape(length // tile, batch, kv_heads, -1, size)
+
+
+def _untiled(x: jax.Array, tile: int) -> jax.Array:
+    """The inverse of `_tiled`."""
+    tiles, batch, kv_heads, rows, size = x.shape
+    x = x.reshape(tiles, batch, kv_heads, tile, rows // tile, size)
+    return x.transpose(1, 0, 3, 2, 4, 5).reshape(batch, tiles * tile, -1, size)
+
+
+def _tiled_places(mask: AttentionMask, tile: int, key_tile: int) -> tuple[Any, Any]:
+    """(index, segments) of the queries, and of the keys, in tiles."""
+
+    def tiled(x: jax.Array | None, tile: int) -> jax.Array | None:
+        return None if x is None else jnp.moveaxis(x.reshape(*x.shape[:-1], -1, tile), -2, 0)
+
+    query_index = mask.query_index if mask.query_index.ndim == 2 else mask.query_index[None]
+    queries = (tiled(query_index, tile), tiled(mask.query_segments, tile))
+    return queries, (tiled(mask.key_index, key_tile), tiled(mask.key_segments, key_tile))
