@@ -1,4 +1,4 @@
-"""Cross-entropy in pieces of the length: the plain form's numbers and gradients, on any mesh, without all the logits."""
+"""Cross-entropy in pieces of the length: numbers and gradients of the plain form, on any mesh, never all the logits."""
 
 import dataclasses
 import functools

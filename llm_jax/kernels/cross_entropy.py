@@ -87,7 +87,7 @@ def chunked_cross_entropy(
     if vocab_size is not None and not 1 <= vocab_size <= head.shape[1]:
         raise ValueError(f"vocab_size is {vocab_size}; the head has {head.shape[1]} columns.")
     x = layout(x, "batch", "length", "embed")
-    pieces = _Pieces.of(layout, x.shape[0], x.shape[1], chunk)
+    pieces = _Pieces.of(layout, x.shape[1], chunk)
     form = _Form(label_smoothing, softcap, vocab_size or head.shape[1], layout)
     outputs = _over_pieces(pieces.split(x), head, pieces.split(targets), form)
     return tuple(pieces.join(y) for y in outputs)
@@ -109,7 +109,7 @@ class _Pieces:
     length: int  # tokens of each part
 
     @classmethod
-    def of(cls, layout: Layout, rows: int, length: int, chunk: int) -> "_Pieces":
+    def of(cls, layout: Layout, length: int, chunk: int) -> "_Pieces":
         rules = dict(layout.activation_rules)
 
         def parts(axis: str) -> int:
