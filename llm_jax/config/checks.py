@@ -391,7 +391,8 @@ def check_devices(cfg: Config, num_devices: int) -> None:
     check_splits(cfg, sizes)
     train, shards = cfg.train, math.prod(sizes[axis] for axis in BATCH_AXES)
     parts = shards * train.accumulation
-    spelt = " * ".join([*(f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES), f"train.accumulation {train.accumulation}"])
+    factors = [f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES]
+    spelt = " * ".join([*factors, f"train.accumulation {train.accumulation}"])
     if train.global_batch_size % parts:
         raise refuse(
             "train.global_batch_size",
