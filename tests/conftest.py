@@ -28,3 +28,11 @@ def x64():
     """64-bit arrays for one test: `jax.numpy.float64` references."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A clone with the cluster launchers, and stand-ins for what they call."""
+    from clusters import Cluster
+
+    return Cluster(tmp_path)

@@ -1,24 +1,20 @@
-"""Stores hold exactly the documents' tokens, split stably; killing, racing, changing and damaging them is safe."""
+"""Stores hold exactly the documents' tokens, split stably; changing and damaging them is safe."""
 
 import hashlib
 import json
 import lzma
 import os
 import pathlib
-import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from rich.console import Console
+from stored import MANY, content, jsonl
 
 from llm_jax.config.schema import DataConfig, SourceConfig
 from llm_jax.data import store as stores
 from llm_jax.data import vocabulary, writer
-from llm_jax.data.inspect import inspect_rows
-from llm_jax.data.progress import Progress
 from llm_jax.data.sources import open_source
 from llm_jax.data.splits import held_out
 from llm_jax.data.tokenizers import ByteTokenizer
@@ -45,20 +41,6 @@ def documents(store, side="train"):
 
 def decoded(store, side="train"):
     return [store.tokenizer.decode(ids) for ids in documents(store, side)]
-
-
-def jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def content(folder):
-    """Every file of a folder with its hash."""
-    files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-MANY = [f"document {i} " + "word " * (i % 7) for i in range(200)]
 
 
 # ------------------------------------------------------------------------------------------- tokens and layout
@@ -470,153 +452,3 @@ def test_yardsticks(tmp_path, prepare, monkeypatch):
 def test_yardsticks_without_lzma(monkeypatch):
     monkeypatch.setitem(sys.modules, "lzma", None)
     assert writer.yardsticks(b"ab", 2) == {"bytes": 2, "all_bytes": 2, "order0_bits_per_byte": 1.0}
-
-
-# ----------------------------------------------------------------------------------------- killed and concurrent
-
-# Prepares in a fresh process; dies as by kill -9 at its n-th rename (0: never), or works slowly.
-CHILD = """
-import os, signal, sys, time
-from llm_jax.config.schema import DataConfig
-from llm_jax.data import store, writer, tokenizers
-
-path, cache, deaths, delay = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-writer.SHARD_UNITS = 1000
-for name in ("rename", "replace"):
-    def counted(source, target, real=getattr(os, name)):
-        global deaths
-        deaths -= 1
-        if deaths == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-    setattr(os, name, counted)
-encode = tokenizers.JsonTokenizer.encode
-tokenizers.JsonTokenizer.encode = lambda self, texts: (time.sleep(delay), encode(self, texts))[1]
-cfg = DataConfig(path, tokenizer="bpe", tokenizer_vocab_size=300, cache_dir=cache)
-print(store.prepare(cfg, lambda line: print(line, file=sys.stderr, flush=True))[0].folder)
-"""
-
-
-def child(path, cache, dies_at=0, delay=0.0):
-    arguments = [sys.executable, "-c", CHILD, str(path), str(cache), str(dies_at), str(delay)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out.strip(), err
-
-
-def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", MANY)
-    expected = content(finish(child(path, tmp_path / "whole"))[0])
-    assert {"train.bin", "validation.bin", "manifest.json"} <= set(expected)
-    cache = tmp_path / "killed"
-    for dies_at in (1, 2, 4, 3):  # the rename of the tokenizer, of the first shard, of one amid them
-        process = child(path, cache, dies_at)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        assert not [name for name in os.listdir(cache / "stores") if "." not in name.removeprefix("a.jsonl")]
-    folder, lines = finish(child(path, cache))
-    assert "going on behind" in lines
-    assert content(folder) == expected
-    name = os.path.basename(folder)
-    assert sorted(os.listdir(cache / "stores")) == [name, name + ".lock"]
-
-
-def test_killed_before_the_last_rename_nothing_is_done_twice(tmp_path, monkeypatch, prepare):
-    monkeypatch.setattr(writer, "SHARD_UNITS", 1000)
-    path = jsonl(tmp_path / "a.jsonl", MANY)
-    expected = content(prepare(path, cache_dir=str(tmp_path / "whole")).folder)
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(os, "rename", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(path)
-    with monkeypatch.context() as context:
-        context.setattr(ByteTokenizer, "encode", None)  # all is tokenized
-        assert content(prepare(path).folder) == expected
-
-
-def test_a_shard_torn_by_a_power_cut_is_made_again(tmp_path, monkeypatch, prepare):
-    monkeypatch.setattr(writer, "SHARD_UNITS", 1000)
-    path = jsonl(tmp_path / "a.jsonl", MANY)
-    expected = content(prepare(path, cache_dir=str(tmp_path / "whole")).folder)
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(os, "rename", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(path)
-    shards = sorted((tmp_path / "cache/stores").glob("*.partial/shards-*/*.npz"))
-    assert len(shards) > 3
-    torn = bytearray(shards[-1].read_bytes())
-    torn[len(torn) // 2 :] = bytes(len(torn) - len(torn) // 2)
-    shards[-1].write_bytes(torn)
-    assert content(prepare(path).folder) == expected
-
-
-def test_two_processes_prepare_the_same_store_once(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", MANY)
-    first = child(path, tmp_path / "cache", delay=0.15)
-    deadline = time.monotonic() + 30
-    while not list((tmp_path / "cache").glob("stores/*.lock")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    second = child(path, tmp_path / "cache")
-    (one, lines), (two, waited) = finish(first), finish(second)
-    assert one == two
-    assert "preparing" in lines
-    assert f"Waiting for process {first.pid} on" in waited
-    assert "a.jsonl (jsonl" not in waited
-
-
-def test_a_dead_owner_does_not_keep_its_lock(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", MANY)
-    owner = child(path, tmp_path / "cache", delay=60)
-    deadline = time.monotonic() + 30
-    while not list((tmp_path / "cache").glob("stores/*.lock")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    waiting = child(path, tmp_path / "cache")
-    assert "Waiting for process" in waiting.stderr.readline()
-    owner.kill()
-    finish(waiting)
-    owner.communicate()
-
-
-# ------------------------------------------------------------------------------------------ progress and looking
-
-
-def test_plain_progress_lines(monkeypatch):
-    clock = iter([0.0, 1.0, 12.0, 13.0, 24.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    lines = []
-    with Progress(lines.append).counting("data", 4_000_000) as advance:
-        for _ in range(4):
-            advance(1_000_000, 30)
-    assert lines == [
-        "data: 2.0 MB (50%), 60 documents, 5 documents/s",
-        "data: 4.0 MB (100%), 120 documents, 5 documents/s",
-    ]
-
-
-def test_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress()
-    with progress.counting("data", 0) as advance:
-        advance(10, 1)
-    assert progress._bars
-
-
-def test_inspect_rows_shows_every_feature():
-    row = {
-        "tokens": np.array([104, 105, 256, 0xC3, 0, 0]),
-        "targets": np.array([105, 256, 0, 0xA9, 0, 0]),
-        "segment_ids": np.array([1, 1, 1, 2, 0, 0]),
-        "positions": np.array([0, 1, 2, 0, 0, 0]),
-        "loss_weights": np.array([1, 1, 0, 0.5, 0, 0]),
-    }
-    with open(os.devnull, "w") as nowhere:
-        console = Console(record=True, width=120, file=nowhere)
-        inspect_rows([row] * 5, ByteTokenizer(), 2, console)
-    text = console.export_text()
-    assert text.count("6 tokens, 2 segments, 2 padding, loss weight 2.5") == 2
-    assert "hi|" in text
-    cells = [line.split() for line in text.splitlines()]
-    assert ["1", "1", "1", "105", "'i'", "256", "<eos>", "1"] in cells
-    assert ["3", "2", "0", "195", "'\\xc3'", "169", "'\\xa9'", "0.5"] in cells
