@@ -152,7 +152,11 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Into how many pieces the batch is split."""
-        return 1 if self.mesh is None else self._pieces("batch", self.activation_rules)
+        return self.activation_pieces("batch")
+
+    def activation_pieces(self, axis: str) -> int:
+        """Into how many pieces this logical axis of activations is split."""
+        return 1 if self.mesh is None else self._pieces(axis, self.activation_rules)
 
     @property
     def num_devices(self) -> int:

@@ -12,7 +12,7 @@ from tiny import QUICK, mesh_layout
 
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import reference_attention
-from llm_jax.kernels.context import ring_attention, ulysses_attention, zigzag_inverse, zigzag_order
+from llm_jax.kernels.context import Split, ring_attention, ulysses_attention, zigzag_inverse, zigzag_order
 from llm_jax.kernels.masks import AttentionMask
 
 KERNELS = {"ring": functools.partial(ring_attention, tile=2), "ulysses": ulysses_attention}
@@ -56,8 +56,8 @@ def numbers(attend, arrays, mask):
 
 def on_mesh(kernel, layout, **options):
     rules = dict(layout.activation_rules)
-    split = dict(mesh=layout.mesh, batch_axes=rules["batch"], head_axes=rules["heads"])
-    return functools.partial(KERNELS[kernel], **(split | options))
+    split = Split(layout.mesh, "sequence", rules["batch"], rules["heads"])
+    return functools.partial(KERNELS[kernel], split=split, **options)
 
 
 def check(kernel, layout, arrays, mask, softcap=0.0, atol=1e-10):
@@ -250,5 +250,5 @@ def test_heads_that_do_not_split_over_tensor_are_refused(kernel):
 
 
 def test_ulysses_refuses_too_few_heads():
-    with pytest.raises(ConfigError, match=r"mesh\.sequence=4 .* 2 query and 2 key-value heads.*multiple of 4.*'ring'"):
+    with pytest.raises(ConfigError, match="2 query and 2 key-value heads.* must then be a multiple of 4. Take ring attention"):
         on_mesh("ulysses", mesh_layout(sequence=4, tensor=2))(*draw(heads=4, dtype="float32")[:3], make_mask())

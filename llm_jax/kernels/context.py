@@ -111,11 +111,8 @@ def ulysses_attention(
     key: jax.Array,
     value: jax.Array,
     mask: AttentionMask,
+    split: Split,
     *,
-    mesh: Mesh | AbstractMesh,
-    axis: str = "sequence",
-    batch_axes: tuple[str, ...],
-    head_axes: tuple[str, ...],
     softcap: float = 0.0,
 ) -> jax.Array:
     """`reference_attention` of whole rows, each device for its share of the heads (arXiv 2309.14509, section 3).
@@ -123,9 +120,10 @@ def ulysses_attention(
     Where key-value heads are too few, each is sent to all the devices whose queries need it.
 
     Args:
-      query: (B, T, N, H), a global array under jit; T is split over `axis`, B over `batch_axes`, N over `head_axes`.
+      query: (B, T, N, H), a global array under jit.
       key, value: (B, S, K, H), split likewise.
       mask: global, with the places of the tokens in whatever order they stand.
+      split: the mesh, and over which of its axes B, T and N are split.
       softcap: c in c*tanh(scores/c); 0 leaves them.
 
     Returns:
@@ -134,28 +132,26 @@ def ulysses_attention(
     Raises:
       ConfigError: tokens or heads do not split evenly.
     """
-    split = Split(mesh, axis, tuple(batch_axes), tuple(head_axes))
     split.check(query, key)
     heads, kv_heads = query.shape[2] // split.head_parts, key.shape[2] // split.head_parts
     shares = math.lcm(kv_heads, split.parts)
     if heads % shares:
         raise ConfigError(
-            f"model.attention_kernel='ulysses' splits heads over mesh.{axis}={split.parts} devices: {heads} query and "
-            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then "
-            f"be a multiple of {shares}. Take model.attention_kernel='ring', which has no such limit, or a smaller "
-            f"mesh.{axis}."
+            f"All-to-all attention splits heads over mesh.{split.axis}={split.parts} devices: {heads} query and "
+            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then be a multiple of "
+            f"{shares}. Take ring attention, which has no such limit, or a smaller mesh.{split.axis}."
         )
 
     def whole_rows(x: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+        return jax.lax.all_to_all(x, split.axis, split_axis=2, concat_axis=1, tiled=True)
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
         key, value = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (key, value))
         out = reference_attention(whole_rows(query), whole_rows(key), whole_rows(value), mask, softcap=softcap)
-        return jax.lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)
+        return jax.lax.all_to_all(out, split.axis, split_axis=1, concat_axis=2, tiled=True)
 
     specs = (split.heads, split.heads, split.heads, split.mask(mask, None))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split.heads)(query, key, value, mask)
+    return jax.shard_map(local, mesh=split.mesh, in_specs=specs, out_specs=split.heads)(query, key, value, mask)
 
 
 # ------------------------------------------------------------------------------------------------ ring
@@ -179,11 +175,8 @@ def ring_attention(
     key: jax.Array,
     value: jax.Array,
     mask: AttentionMask,
+    split: Split,
     *,
-    mesh: Mesh | AbstractMesh,
-    axis: str = "sequence",
-    batch_axes: tuple[str, ...],
-    head_axes: tuple[str, ...],
     softcap: float = 0.0,
     tile: int = 512,
 ) -> jax.Array:
@@ -194,9 +187,10 @@ def ring_attention(
     the saved logsumexp (Dao 2023, arXiv 2307.08691, algorithm 2). Scores and all sums are in at least float32.
 
     Args:
-      query: (B, T, N, H), a global array under jit; T is split over `axis`, B over `batch_axes`, N over `head_axes`.
+      query: (B, T, N, H), a global array under jit.
       key, value: (B, S, K, H), split likewise, with N a multiple of K.
       mask: global, with the places of the tokens in whatever order they stand.
+      split: the mesh, and over which of its axes B, T and N are split.
       softcap: c in c*tanh(scores/c); 0 leaves them.
       tile: about how many queries, and keys, are worked on at once.
 
@@ -206,7 +200,7 @@ def ring_attention(
     Raises:
       ConfigError: tokens or heads do not split evenly.
     """
-    ring = Ring(mesh, axis, tuple(batch_axes), tuple(head_axes), softcap, tile)
+    ring = Ring(**vars(split), softcap=softcap, tile=tile)
     ring.check(query, key)
     return _ring(query, key, value, mask, ring)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +109,7 @@ class _Pieces:
 
     @classmethod
     def of(cls, layout: Layout, length: int, chunk: int) -> "_Pieces":
-        rules = dict(layout.activation_rules)
-
-        def parts(axis: str) -> int:
-            return 1 if layout.mesh is None else math.prod(layout.mesh.shape[name] for name in rules[axis])
-
-        row_parts, length_parts = parts("batch"), parts("length")
+        row_parts, length_parts = layout.batch_shards, layout.activation_pieces("length")
         part = length // length_parts
         size = -(-part // -(-part // max(chunk // length_parts, 1)))  # as even as they can be: little padding
         return cls(layout, row_parts, length_parts, -(-part // size), size, part)
