@@ -29,8 +29,9 @@ C chunk:
                                               all that one layer keeps without remat, again; the gradients of scores or
                                               of the MLP; the tied table's gradient, from the head and from the look-up
 
-`kept` is exact: it is what the scan over layers stacks. `loss` and `layer` say what must live at once if XLA fuses
-nothing more; it often does, so the measured figure may be a quarter lower. The last column says by how much.
+`kept` is what the scan over layers stacks (exact with remat, within 0.1 % without; jax 0.12). `loss` and `layer` say
+what must live at once if XLA fuses nothing more; it often does, so the measured figure may be a quarter lower. The last
+column says by how much.
 """
 
 import argparse

@@ -65,6 +65,9 @@ def keep_compiled_programs() -> None:
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
 
+ONE_ARENA_ABOVE = 48 * 2**20  # bytes: glibc's limit for an arena, less room for what else lies in it
+
+
 def runs_on_cpu() -> bool:
     """Whether this process will compute on the CPU, told without starting JAX's back ends."""
     platforms = os.environ.get("JAX_PLATFORMS")
@@ -86,14 +89,18 @@ def keep_freed_memory(cfg: Config | None) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(map_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
-        if cfg is not None and activation_bytes(cfg) > 48 * 2**20:
+        if cfg is not None and activation_bytes(cfg) > ONE_ARENA_ABOVE:
             libc.mallopt(arena_max, 1)
 
 
 def activation_bytes(cfg: Config) -> int:
-    """About what the activations of a step take: some thirty vectors a layer and token, and the logits twice."""
+    """About what the activations of a step take: some thirty vectors a layer and token, and the logits twice.
+
+    A tokenizer file that is yet to be read counts as a large one.
+    """
     tokens = cfg.train.global_batch_size * cfg.data.sequence_length // cfg.train.accumulation
-    vocab = cfg.model.vocab_size or (cfg.data.tokenizer_vocab_size if cfg.data.tokenizer == "bpe" else 256)
+    made_here = {"byte": 257, "char": 256, "bpe": cfg.data.tokenizer_vocab_size}
+    vocab = cfg.model.vocab_size or made_here.get(cfg.data.tokenizer, 2**16)
     return 4 * tokens * (30 * cfg.model.num_layers * cfg.model.embed_dim + 2 * vocab)
 
 
@@ -101,7 +108,8 @@ def compiler_options(platform: str) -> dict[str, bool | str | int]:
     """What XLA is told when it compiles a training step.
 
     On CPUs, from jax 0.12 on: oneDNN's matrix products, and vectors of 512 bits. A small model's step takes 5 to 10 %
-    less with them; before 0.12 they are slower than XLA's own.
+    less with them, and is compiled at every start, for such programs cannot be kept; before 0.12 they are slower than
+    XLA's own.
     """
     import jax
 

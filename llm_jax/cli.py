@@ -130,10 +130,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = Commands(parser)
     train = commands.add("train", train_command, "train a model, or go on with a run that was stopped", config=True)
     train.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME of the config)")
-    train.add_argument("--dry_run", action="store_true",
-                       help="print what would run (config, parameters, mesh, memory, FLOPs) and stop")  # fmt: skip
-    train.add_argument("--print_sharding", action="store_true",
-                       help="print how the mesh splits every parameter, and stop")  # fmt: skip
+    only = train.add_mutually_exclusive_group()
+    only.add_argument("--dry_run", action="store_true",
+                      help="print what would run (config, parameters, mesh, memory, FLOPs) and stop")  # fmt: skip
+    only.add_argument("--print_sharding", action="store_true",
+                      help="print how the mesh splits every parameter, and stop")  # fmt: skip
 
     text = "measure a run's checkpoint on its validation data"
     evaluate = commands.add("evaluate", evaluate_command, text, overrides=True)

@@ -20,6 +20,12 @@ class Precision:
         return cls(jnp.dtype(cfg.params), jnp.dtype(cfg.compute))
 
 
+def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product's own sums, in at least float32, whatever the dtype of the operands."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=wide)
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32, or in float64 where it is that already: norms, softmax and losses are computed so."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -143,10 +143,11 @@ class Layout:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def batch_sharding(self, ndim: int = 2) -> NamedSharding | None:
-        """How a batch feature of shape (batch, ...) is split."""
+        """How a batch feature is split: (batch, length), or with another rank (batch, ...)."""
         if self.mesh is None:
             return None
-        spec = self.spec(("batch", "length")[:ndim] + (None,) * (ndim - 2), self.activation_rules)
+        axes = ("batch", "length") if ndim == 2 else ("batch",) + (None,) * (ndim - 1)
+        spec = self.spec(axes, self.activation_rules)
         return NamedSharding(self.mesh, spec)
 
     @property

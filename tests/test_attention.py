@@ -254,7 +254,7 @@ def test_auto_takes_the_first_that_covers_the_request():
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_auto_always_finds_one(platform, dtype):
-    everything = AttentionOptions(True, True, True, True, 50.0, True, dtype, 20)
+    everything = AttentionOptions(True, True, True, True, 50.0, True, True, dtype, 20)
     assert select("auto", everything, platform).lacks(everything, platform) == []
 
 
@@ -266,6 +266,7 @@ def test_auto_always_finds_one(platform, dtype):
         ("cudnn", AttentionOptions(dtype="bfloat16"), "cpu", "the platform cpu"),
         ("cudnn", AttentionOptions(), "gpu", "the dtype float32"),
         ("cudnn", AttentionOptions(dtype="bfloat16", bias=True), "gpu", "bias"),
+        ("cudnn", AttentionOptions(dtype="bfloat16", split_length=True), "gpu", "split_length"),
         ("cudnn", AttentionOptions(dtype="bfloat16", head_dim=192), "gpu", "heads of 192 (multiples of 8 up to 128)"),
         ("cudnn", AttentionOptions(dtype="bfloat16", head_dim=20), "gpu", "heads of 20 (multiples of 8 up to 128)"),
     ],

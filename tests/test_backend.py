@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_jax.backend import cache_folder, compile_cache_folder
+from llm_jax.backend import ONE_ARENA_ABOVE, activation_bytes, cache_folder, compile_cache_folder
+from llm_jax.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +50,13 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
 
 def test_float64_turns_on_64_bits(tmp_path):
     assert compute(tmp_path, "precision.params=float64") == ("30.0 float64", "")
+
+
+def test_one_arena_where_a_step_needs_much():
+    """The sizes on which both ways were measured; and a vocabulary that is not known yet counts as large."""
+    small = load("shakespeare_char:cpu")
+    assert activation_bytes(small) < ONE_ARENA_ABOVE < activation_bytes(load("quickstart"))
+    assert activation_bytes(load("shakespeare_char:cpu", ["data.tokenizer=a/tokenizer.json"])) > ONE_ARENA_ABOVE
 
 
 def test_folders(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from llm_jax.config import Config, check, check_devices, check_vocab, config_names, load
 from llm_jax.config.checks import mesh_sizes, run_steps
 from llm_jax.errors import ConfigError
+from llm_jax.training.restore import fitted
 
 BASE = ("train.steps=100",)
 
@@ -66,6 +67,10 @@ REFUSED = [
     (["model.norm=layernorm", "model.bias=all", "model.norm_scale=false"], ["model.norm_scale = False"]),
     (["model.padded_vocab_in_softmax=true"], ["model.padded_vocab_in_softmax = True", "vocab_multiple"]),
     (["model.init=torch", "model.init_std=0.1"], ["model.init_std = 0.1"]),
+    (
+        ["model.attention_kernel=cudnn", "precision.compute=bfloat16", "mesh.sequence=2"],
+        ["model.attention_kernel = 'cudnn'", "mesh.sequence = 2 splits the rows"],
+    ),
     (["model.attention_kernel=cudnn"], ["model.attention_kernel = 'cudnn'", "precision.compute is float32"]),
     # the data
     (["data.sequence_length=2048"], ["data.sequence_length = 2048", "model.max_length = 1024"]),
@@ -204,3 +209,14 @@ def test_what_does_not_fit_the_devices_is_refused(overrides, num_devices, words)
 )
 def test_what_fits_the_devices(overrides):
     check_devices(load("", overrides), 8)
+
+
+@pytest.mark.parametrize("changes", [["mesh.sequence=16"], ["mesh.tensor=16"], ["mesh.sequence=3", "mesh.data=1"]])
+def test_a_run_of_another_machine_is_restored_on_the_devices_here(capsys, changes):
+    """All of them on fsdp, whatever axes its mesh had; but not where the run goes on."""
+    cfg = load("", changes)
+    found = fitted(cfg, fixed=False).mesh
+    assert mesh_sizes(found, 8) == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert "does not fit here" in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        fitted(cfg, fixed=True)

@@ -28,6 +28,14 @@ def test_it_submits_itself_and_runs_one_process_a_node(cluster):
     ]  # fmt: skip
 
 
+def test_gpus_asked_for_as_sbatch_does_are_all_used(cluster):
+    """Without --gpus_per_node the job says how many it has."""
+    cluster.run("slurm.sbatch", "--sbatch=--gres=gpu:2", "train", SLURM_GPUS_ON_NODE="2")
+    submit, srun = cluster.calls()
+    assert "--gres=gpu:2" in submit and not any(word.startswith("--gpus_per_node") for word in submit)
+    assert {"--gpu-bind=none", "JAX_LOCAL_DEVICE_IDS=0,1"} <= set(srun)
+
+
 def test_one_process_a_gpu(cluster):
     cluster.run("slurm.sbatch", "--nodes=2", "--gpus_per_node=4", "--per_gpu", "--cpus_per_task=3", "train")
     submit, srun = cluster.calls()

@@ -150,7 +150,7 @@ def test_batch_rows_and_pieces():
     rows = np.arange(24).reshape(8, 3)
     batch = layout.put_batch({"tokens": rows, "weights": np.arange(8.0), "pixels": np.zeros((8, 2, 2, 1))}, 8)
     np.testing.assert_array_equal(batch["tokens"], rows)
-    assert batch["pixels"].sharding.spec == P(("data", "fsdp"), ("sequence",), None, None)
+    assert batch["pixels"].sharding.spec == P(("data", "fsdp"), None, None, None)
     pieces = {shard.device.id: shard.data.tolist() for shard in batch["weights"].addressable_shards}
     by_place = layout.mesh.devices[:, :, 0]  # (data, fsdp, tensor): tensor neighbours hold the same rows
     for data in range(2):

@@ -50,6 +50,9 @@ def check(cfg: Config) -> None:
     check_optim(cfg.optim, run_steps(cfg))
     check_mesh(cfg.mesh)
     check_splits(cfg, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
+    if cfg.model.attention_kernel == "cudnn" and cfg.mesh.sequence not in (-1, 1):
+        reason = f"mesh.sequence = {cfg.mesh.sequence} splits the rows, and cuDNN attention needs them whole"
+        raise refuse("model.attention_kernel", "cudnn", reason, "set attention_kernel=auto or mesh.sequence=1")
     if cfg.model.attention_kernel == "cudnn" and cfg.precision.compute != "bfloat16":
         reason = f"cuDNN attention computes in 16 bits, and precision.compute is {cfg.precision.compute}"
         raise refuse(

@@ -205,7 +205,7 @@ class MeshConfig:
 
     data: int = at_least(-1, -1)  # replicas of the parameters, each with its part of the batch
     fsdp: int = at_least(-1, 1)  # shards the batch, the parameters and the optimizer state
-    sequence: int = at_least(-1, 1)  # splits each row's tokens (context parallelism)
+    sequence: int = at_least(-1, 1)  # splits each row's tokens; attention gathers keys and values
     tensor: int = at_least(-1, 1)  # splits heads, MLP and vocabulary
     parameter_rules: tuple[str, ...] = ()  # changes to the rule tables: "logical_axis=mesh_axis+mesh_axis"
     optimizer_rules: tuple[str, ...] = ()  # the optimizer state's, where it should differ from the parameters'

@@ -25,12 +25,13 @@ class AttentionOptions:
     bias: bool = False  # an additive term on the scores, such as relative positions
     dropout: bool = False
     softcap: float = 0.0
+    split_length: bool = False  # a row's tokens lie on several devices
     cache: bool = False  # queries of a row stand at their own places, as in decoding
     dtype: str = "float32"
     head_dim: int = 64
 
     def needs(self) -> frozenset[str]:
-        names = ("segments", "window", "bias", "dropout", "softcap", "cache")
+        names = ("segments", "window", "bias", "dropout", "softcap", "split_length", "cache")
         return frozenset(name for name in names if getattr(self, name))
 
 
@@ -143,9 +144,9 @@ KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "reference",
         reference_attention,
-        frozenset({"segments", "window", "bias", "dropout", "softcap", "cache"}),
+        frozenset({"segments", "window", "bias", "dropout", "softcap", "split_length", "cache"}),
     ),
-    Kernel("xla", jax_attention("xla"), frozenset({"segments", "window", "bias"})),
+    Kernel("xla", jax_attention("xla"), frozenset({"segments", "window", "bias", "split_length"})),
 )
 
 

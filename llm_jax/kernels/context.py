@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import reference_attention
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.precision import at_least_float32
+from llm_jax.precision import at_least_float32, wide_einsum
 
 # ------------------------------------------------------------------------------------------------ order of tokens
 
@@ -138,8 +138,8 @@ def ulysses_attention(
     if heads % shares:
         raise ConfigError(
             f"All-to-all attention splits heads over mesh.{split.axis}={split.parts} devices: {heads} query and "
-            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then be a multiple of "
-            f"{shares}. Take ring attention, which has no such limit, or a smaller mesh.{split.axis}."
+            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then be a "
+            f"multiple of {shares}. Take ring attention, which has no such limit, or a smaller mesh.{split.axis}."
         )
 
     def whole_rows(x: jax.Array) -> jax.Array:
@@ -360,7 +360,7 @@ def _forward_tile(sums: Any, queries: Any, keys: Any, seen: jax.Array, softcap: 
     new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
     p = jnp.where(seen, jnp.exp(scores - new_peak), 0)  # a row that sees nothing has all scores at its peak
     shrink = jnp.exp(peak - new_peak)
-    total = total * shrink + _product("bkrs,bksh->bkrh", p.astype(value.dtype), value)
+    total = total * shrink + wide_einsum("bkrs,bksh->bkrh", p.astype(value.dtype), value)
     return total, weight * shrink + p.sum(-1, keepdims=True), new_peak
 
 
@@ -369,26 +369,22 @@ def _backward_tile(sums: Any, queries: Any, keys: Any, seen: jax.Array, softcap:
     (d_query, d_key, d_value), (query, d_out, logsumexp, delta), (key, value) = sums, queries, keys
     scores, slope = _scores(query, key, seen, softcap)
     p = jnp.exp(scores - logsumexp)
-    d_value += _product("bkrs,bkrh->bksh", p.astype(d_out.dtype), d_out)
-    d_scores = p * (_product("bkrh,bksh->bkrs", d_out, value) - delta) * slope
+    d_value += wide_einsum("bkrs,bkrh->bksh", p.astype(d_out.dtype), d_out)
+    d_scores = p * (wide_einsum("bkrh,bksh->bkrs", d_out, value) - delta) * slope
     d_scores = d_scores.astype(query.dtype)
-    d_query += _product("bkrs,bksh->bkrh", d_scores, key)
-    d_key += _product("bkrs,bkrh->bksh", d_scores, query)
+    d_query += wide_einsum("bkrs,bksh->bkrh", d_scores, key)
+    d_key += wide_einsum("bkrs,bkrh->bksh", d_scores, query)
     return d_query, d_key, d_value
 
 
 def _scores(query: jax.Array, key: jax.Array, seen: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
     """(b, k, r, s) scores, the lowest number where not `seen`; and their slope by the product of query and key."""
     slope = query.shape[-1] ** -0.5
-    scores = _product("bkrh,bksh->bkrs", query, key) * slope
+    scores = wide_einsum("bkrh,bksh->bkrs", query, key) * slope
     if softcap:
         capped = jnp.tanh(scores / softcap)
         scores, slope = softcap * capped, slope * (1 - capped * capped)
     return jnp.where(seen, scores, jnp.finfo(scores.dtype).min), slope
-
-
-def _product(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(letters, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _tile_length(length: int, target: int) -> int:

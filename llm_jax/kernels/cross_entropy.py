@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llm_jax.precision import at_least_float32
+from llm_jax.precision import at_least_float32, wide_einsum
 from llm_jax.sharding import Layout
 
 
@@ -34,6 +34,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
         entropy = -(high * jnp.log(high) + (count - 1) * low * jnp.log(low))
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean) - entropy
     return loss, log_z
+
+
+def capped_logits(logits: jax.Array, softcap: float, vocab_size: int) -> jax.Array:
+    """c * tanh(logits / c) where the soft-cap c is not 0; -inf for the ids of (..., V) from `vocab_size` on."""
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if vocab_size < logits.shape[-1]:
+        logits = jnp.where(_ids(logits) < vocab_size, logits, -jnp.inf)
+    return logits
 
 
 def chunked_cross_entropy(
@@ -148,13 +157,9 @@ class _Form:
 
     def logits(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """(S, R, P, C, D) to (S, R, P, C, V), in at least float32."""
-        logits = _product("srpcd,dv->srpcv", x, kernel)
+        logits = wide_einsum("srpcd,dv->srpcv", x, kernel)
         logits = self.layout(logits, "batch", None, "length", None, "vocab")
-        if self.softcap:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        if self.vocab_size < kernel.shape[1]:
-            logits = jnp.where(_ids(logits) < self.vocab_size, logits, -jnp.inf)
-        return logits
+        return capped_logits(logits, self.softcap, self.vocab_size)
 
     def logits_gradient(
         self, logits: jax.Array, log_z: jax.Array, targets: jax.Array, d_loss: jax.Array, d_log_z: jax.Array
@@ -200,8 +205,8 @@ def _backward(form: _Form, saved, cotangents):
         x, *others = inputs
         # In the dtype of x, as the gradients of all other products are.
         d_logits = form.logits_gradient(form.logits(x, kernel), *others).astype(x.dtype)
-        d_x = _product("srpcv,dv->srpcd", d_logits, kernel).astype(x.dtype)
-        d_head = d_head + _product("srpcd,srpcv->spdv", x, d_logits)
+        d_x = wide_einsum("srpcv,dv->srpcd", d_logits, kernel).astype(x.dtype)
+        d_head = d_head + wide_einsum("srpcd,srpcv->spdv", x, d_logits)
         return form.layout(d_head, "batch", "length", "embed", "vocab"), d_x
 
     # Each device has a sum of its own (the axes s and p): one over all devices would be exchanged in every round.
@@ -213,10 +218,6 @@ def _backward(form: _Form, saved, cotangents):
 
 
 _over_pieces.defvjp(_forward, _backward)
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _ids(logits: jax.Array) -> jax.Array:

@@ -72,6 +72,7 @@ class Attention(nn.Module):
             bias=bias is not None,
             dropout=dropout is not None,
             softcap=cfg.attention_softcap,
+            split_length=self.layout.activation_pieces("length") > 1,
             cache=bool(cache_length),
             dtype=query.dtype.name,
             head_dim=size,

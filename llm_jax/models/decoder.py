@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
-from llm_jax.kernels.cross_entropy import chunked_cross_entropy, cross_entropy
+from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.masks import AttentionMask, causal_mask
 from llm_jax.models.attention import head_dim
 from llm_jax.models.layers import Dropout, Embedding, Linear, block_norm, linear_init, product
@@ -21,6 +21,11 @@ from llm_jax.sharding import Layout
 def padded_vocab(cfg: DecoderConfig) -> int:
     """Rows of the embedding table: the vocabulary, rounded up to `vocab_multiple`."""
     return -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+
+
+def possible_ids(cfg: DecoderConfig) -> int:
+    """How many ids take part in the softmax."""
+    return padded_vocab(cfg) if cfg.padded_vocab_in_softmax else cfg.vocab_size
 
 
 class TokenLosses(NamedTuple):
@@ -72,7 +77,6 @@ class Decoder(nn.Module):
         """The cross-entropy of `targets` (B, T); with `chunk`, logits exist for that many tokens of a row at a time."""
         x, head = self.trunk(tokens, positions, segment_ids, train=train)
         if chunk:
-            real = padded_vocab(self.cfg) if self.cfg.padded_vocab_in_softmax else self.cfg.vocab_size
             found = chunked_cross_entropy(
                 x,
                 head,
@@ -80,7 +84,7 @@ class Decoder(nn.Module):
                 chunk=chunk,
                 label_smoothing=label_smoothing,
                 softcap=self.cfg.logits_softcap,
-                vocab_size=real,
+                vocab_size=possible_ids(self.cfg),
                 layout=self.layout,
             )
             return TokenLosses(*found)
@@ -180,11 +184,5 @@ class Decoder(nn.Module):
         return head.weights(x.shape[-1])[0].astype(x.dtype)
 
     def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
-        cfg = self.cfg
         logits = at_least_float32(self.layout(product(x, head, wide=True), "batch", "length", "vocab"))
-        if cfg.logits_softcap:
-            logits = cfg.logits_softcap * jnp.tanh(logits / cfg.logits_softcap)
-        if padded_vocab(cfg) > cfg.vocab_size and not cfg.padded_vocab_in_softmax:
-            real = jnp.arange(padded_vocab(cfg)) < cfg.vocab_size
-            logits = jnp.where(real[None, None], logits, -jnp.inf)
-        return logits
+        return capped_logits(logits, self.cfg.logits_softcap, possible_ids(self.cfg))

@@ -14,7 +14,7 @@ import safetensors.flax
 from llm_jax import config, distributed, sharding
 from llm_jax.backend import start_backend
 from llm_jax.config import Config
-from llm_jax.config.checks import check_tensor_axis, mesh_sizes
+from llm_jax.config.checks import MESH_AXES, check_splits, mesh_sizes
 from llm_jax.data import store, tokenizers
 from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.generation.generate import Generator
@@ -74,13 +74,12 @@ def read_config(workdir: str) -> Config:
 def fitted(cfg: Config, *, fixed: bool) -> Config:
     """`cfg` with a mesh that fits the devices here: its own, or, unless `fixed`, all of them on the axis fsdp."""
     try:
-        if (tensor := mesh_sizes(cfg.mesh, jax.device_count())["tensor"]) > 1:
-            check_tensor_axis(cfg.model, tensor)
+        check_splits(cfg, mesh_sizes(cfg.mesh, jax.device_count()))
         return cfg
     except ConfigError as error:
         if fixed:
             raise
-        mesh = dataclasses.replace(cfg.mesh, data=1, fsdp=-1, tensor=1)
+        mesh = dataclasses.replace(cfg.mesh, **dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1})
         print(f"note: the run's mesh does not fit here ({error}); using mesh.fsdp=-1", file=sys.stderr)
         return dataclasses.replace(cfg, mesh=mesh)
 

@@ -224,8 +224,9 @@ def evaluated(state: TrainState) -> Any:
 def compile_step(train_step: Any, state: TrainState, batch: Any, out: metrics.Metrics) -> Any:
     began = time.monotonic()
     options = compiler_options(jax.default_backend())
-    with warnings.catch_warnings():  # programs with oneDNN's products cannot be written into the compile cache
-        warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
+    with warnings.catch_warnings():
+        if options:  # programs with oneDNN's products cannot be written into the compile cache
+            warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
         compiled = train_step.lower(state, batch).compile(compiler_options=options)
     out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
