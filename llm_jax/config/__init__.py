@@ -20,6 +20,7 @@ from llm_jax.config.schema import (
     GenerateConfig,
     LogConfig,
     MeshConfig,
+    MoEConfig,
     ModelConfig,
     OptimConfig,
     PrecisionConfig,

@@ -20,8 +20,8 @@ from llm_jax.config.schema import (
 from llm_jax.config.values import did_you_mean, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours communicate most: they come last
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
+BATCH_AXES = ("data", "fsdp", "expert")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
 # A key that was changed but is read only when another has one of these values: its author expects something of it.

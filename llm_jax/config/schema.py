@@ -65,8 +65,21 @@ class DropoutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of each block's MLP (Shazeer et al. 2017, arXiv 1701.06538; Mixtral)."""
+
+    num_experts: int = at_least(0, 0)  # 0: one dense MLP; each expert is an MLP of model.mlp_dim
+    top_k: int = at_least(1, 2)  # experts that each token goes to
+    dispatch: str = one_of("dropless", "capacity")  # capacity: experts take so many tokens of a row, the rest pass by
+    capacity_factor: float = positive(1.25)  # capacity: room relative to an even load
+    renormalize: bool = True  # the chosen experts' probabilities are scaled to add up to 1 (Mixtral)
+    balance_loss: float = at_least(0.0, 0.01)  # coefficient of the load-balance term (arXiv 2101.03961), row by row
+    router_z_loss: float = at_least(0.0, 0.0)  # coefficient on the router's log(Z)^2 (ST-MoE, arXiv 2202.08906)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer, from GPT-2/3 to the LLaMA line."""
+    """A decoder-only transformer, from GPT-2/3 to the LLaMA line and its mixtures of experts."""
 
     family: str = one_of("decoder")
     vocab_size: int = at_least(0, 0)  # 0: the tokenizer's
@@ -95,14 +108,18 @@ class DecoderConfig:
     attention_softcap: float = at_least(0.0, 0.0)  # c*tanh(x/c) on attention scores; 0: off
     logits_softcap: float = at_least(0.0, 0.0)  # the same on the logits
     sliding_window: int = at_least(0, 0)  # each token sees itself and this many minus one before it; 0: all
+    attention_sinks: bool = False  # a learned score a head that takes part in the softmax and holds no value (GPT-OSS)
     attention_output_scale: float = positive(1.0)  # factor on each attention block's output
+    moe: MoEConfig = nested(MoEConfig)
     dropout: DropoutConfig = nested(DropoutConfig)
     init: str = one_of("normal", "torch")  # torch: linear layers U(+-1/sqrt(fan_in)), as torch.nn.Linear
     init_std: float = positive(0.02)
     residual_init_scale: bool = True  # projections into the residual stream start 1/sqrt(2*num_layers) smaller
     scan_layers: bool = True  # one compiled layer, looped; False: every layer compiled (faster on small models)
-    remat: str = one_of("none", "full", "dots", "dots_no_batch")  # what the backward pass recomputes
-    attention_kernel: str = one_of("auto", "reference", "xla", "cudnn")
+    remat: str = one_of("none", "full", "dots", "dots_no_batch", "names")  # what the backward pass recomputes
+    remat_save: tuple[str, ...] = ()  # names: tensors of a block that are kept, of transformer.TENSOR_NAMES
+    remat_offload: tuple[str, ...] = ()  # names: tensors that wait in pinned host memory
+    attention_kernel: str = one_of("auto", "reference", "xla", "cudnn", "splash", "ring", "all_to_all")
 
 
 MODEL_FAMILIES = {"decoder": DecoderConfig}
@@ -197,24 +214,33 @@ class OptimConfig:
     normalize_gradients: bool = False  # divide each tensor's gradient by its own norm
     lr_multipliers: tuple[str, ...] = ()  # "PATTERN=FACTOR" on parameter paths (re.fullmatch)
     freeze: tuple[str, ...] = ()  # patterns of parameter paths that do not train
+    offload: tuple[str, ...] = ()  # patterns of parameter paths whose optimizer state waits in pinned host memory
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the device mesh's axes; at most one may be -1 (all remaining devices)."""
 
+    stage: int = at_least(-1, 1)  # splits the layers: a pipeline
     data: int = at_least(-1, -1)  # replicas of the parameters, each with its part of the batch
     fsdp: int = at_least(-1, 1)  # shards the batch, the parameters and the optimizer state
-    sequence: int = at_least(-1, 1)  # splits each row's tokens; attention gathers keys and values
+    expert: int = at_least(-1, 1)  # splits the experts, and the batch
+    sequence: int = at_least(-1, 1)  # splits each row's tokens; model.attention_kernel says how attention goes on
     tensor: int = at_least(-1, 1)  # splits heads, MLP and vocabulary
+    across_slices: tuple[str, ...] = ()  # "AXIS=SIZE": the part of an axis that goes over slices or nodes (DCN)
+    stage_microbatches: int = at_least(0, 0)  # pieces of a batch that follow one another through the stages; 0: as many
+    stage_repeats: int = at_least(1, 1)  # times a piece goes round all stages; above 1: circular, a smaller bubble
     parameter_rules: tuple[str, ...] = ()  # changes to the rule tables: "logical_axis=mesh_axis+mesh_axis"
+    gradient_rules: tuple[str, ...] = ()  # the gradients', where they should differ from the parameters'
     optimizer_rules: tuple[str, ...] = ()  # the optimizer state's, where it should differ from the parameters'
+    activation_rules: tuple[str, ...] = ()  # "residual_length=sequence+tensor": blocks hand on split tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     params: str = one_of("float32", "bfloat16", "float64")  # bfloat16 loses updates below 1/512 of a parameter
     compute: str = one_of("float32", "bfloat16", "float64")
+    products: str = one_of("native", "int8", "fp8")  # numbers that the blocks' linear layers multiply (extra: qwix)
 
 
 @dataclasses.dataclass(frozen=True)
