@@ -58,7 +58,8 @@ def keep_compiled_programs() -> None:
         logging.getLogger(__name__).warning(text, folder, error.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     jax.config.update("jax_raise_persistent_cache_errors", False)
 
 

@@ -12,7 +12,7 @@ from tiny import QUICK, build, decoder, mesh_layout
 from llm_jax.config import from_dict
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.elementwise import gelu, normalize
-from llm_jax.models.layers import Dropout, Embedding, Linear, Norm
+from llm_jax.models.layers import Embedding, Linear, Norm, dropout
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -138,12 +138,11 @@ def test_embedding():
 # ------------------------------------------------------------------------------------------------ dropout
 
 
-def drop(x, rate, seed=0, layout=None, train=True):
-    layer = Dropout(rate, layout or Layout())
-    axes = ("batch", "length", "embed")
+def drop(x, rate, seed=0, layout=None, rows=None):
+    layout, rows = layout or Layout(), np.arange(len(x)) if rows is None else rows
 
     def call(x, key):
-        return layer.apply({}, x, *axes, train=train, rngs={"dropout": key})
+        return dropout(x, rate, key, rows, layout, "batch", "length", "embed")
 
     call = jax.jit(call, compiler_options=QUICK)
     return np.asarray(call(x, jax.random.key(seed)))
@@ -168,12 +167,18 @@ def test_dropout_is_a_function_of_its_key_on_every_mesh():
         np.testing.assert_array_equal(drop(x, 0.5, seed=1, layout=mesh_layout(*sizes)), expected)
 
 
+def test_a_row_keeps_its_dropout_in_whatever_batch_it_is():
+    x = np.ones((8, 4, 4), np.float32)
+    whole = drop(x, 0.5)
+    assert len({row.tobytes() for row in whole}) == 8
+    np.testing.assert_array_equal(drop(x[:3], 0.5, rows=np.array([6, 0, 3])), whole[[6, 0, 3]])
+
+
 def test_dropout_only_in_training():
-    x = np.ones((2, 4, 4), np.float32)
-    np.testing.assert_array_equal(drop(x, 0.5, train=False), x)
+    x = jnp.ones((2, 4, 4))
+    axes = ("batch", "length", "embed")
     np.testing.assert_array_equal(drop(x, 0.0), x)
-    without_key = Dropout(0.5, Layout()).apply({}, x, "batch", "length", "embed", train=False)
-    np.testing.assert_array_equal(without_key, x)
+    np.testing.assert_array_equal(dropout(x, 0.5, None, jnp.arange(2), Layout(), *axes), x)
 
 
 def test_a_rate_of_one_is_refused():

@@ -422,7 +422,7 @@ def test_a_batch_of_padding_is_no_update_and_no_fault(guarded):
 # ------------------------------------------------------------------------------------------------- randomness
 
 
-def test_dropout_differs_by_step_and_micro_batch_and_is_a_function_of_the_seed():
+def test_dropout_differs_by_step_and_row_and_is_a_function_of_the_seed():
     cfg = decoder(dropout=dict(mlp_output=0.5))
     model = build(cfg)
     row = {name: value[:1] for name, value in packed(1, LENGTH, weights=False).items()}
@@ -438,7 +438,8 @@ def test_dropout_differs_by_step_and_micro_batch_and_is_a_function_of_the_seed()
     assert first == float(run(0, 5, 2))
     assert first != float(run(0, 6, 2))
     assert first != float(run(1, 5, 2))
-    # were the second micro-batch dropped out like the first, the mean would be that of the first alone
+    np.testing.assert_allclose(run(0, 5, 1), first, rtol=1e-6)  # the same masks, however rows are dealt
+    # were the second row dropped out like the first, the mean would be that of the first alone
     one = {name: value[:1] for name, value in batch.items()}
     alone = jax.jit(
         lambda: step.gradients(model, LanguageObjective(), params, one, layout=Layout(), seed=0, step=5)[1]["loss"],

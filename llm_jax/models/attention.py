@@ -1,5 +1,8 @@
 """Multi-head attention: project, attend, project back, with an optional cache for decoding."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.attention import AttentionOptions, select
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.layers import Dropout, Linear, Norm, linear_init
+from llm_jax.models.layers import Linear, Norm, dropout, linear_init
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -21,6 +24,24 @@ def num_kv_heads(cfg: DecoderConfig) -> int:
     return cfg.num_kv_heads or cfg.num_heads
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What every block reads beside the residual stream, made once a step.
+
+    Attributes:
+      mask: which keys each query sees; when decoding, keys are the slots of the cache.
+      rows: (B,) int32, each row's number in the global batch.
+      angles: rotary cosine and sine, (B, T, 1, R / 2) each, or None.
+      bias: (1 or B, N, T, S) added to the scores, or None.
+    """
+
+    mask: AttentionMask
+    rows: jax.Array
+    angles: tuple[jax.Array, jax.Array] | None = None
+    bias: jax.Array | None = None
+
+
 class Attention(nn.Module):
     """MultiHead(x) = Concat(head_1, ..., head_N) W_O (arXiv 1706.03762, section 3.2.2), causal, over x (B, T, D)."""
 
@@ -32,25 +53,24 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: AttentionMask,
-        angles: tuple[jax.Array, jax.Array] | None,
-        bias: jax.Array | None,
+        key: jax.Array | None,
+        shared: Shared,
         *,
-        train: bool,
         cache_length: int = 0,
     ) -> jax.Array:
         """(B, T, D) to (B, T, D).
 
         Args:
-          mask: which keys each query sees; when decoding, keys are the slots of the cache.
-          angles: rotary cosine and sine, or None.
-          bias: (1 or B, N, T, S) added to the scores, or None.
-          train: apply dropout.
+          key: of the dropout of probabilities; None: no dropout.
           cache_length: slots of the cache; 0: attend within x.
         """
         cfg = self.cfg
         heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
+        mask, angles = shared.mask, shared.angles
 
+        drop = None
+        if key is not None and cfg.dropout.attention:
+            drop = functools.partial(self._drop, key=key, rows=shared.rows)
         query = self._heads("query", x, heads, "heads")
         key = self._heads("key", x, kv_heads, "kv_heads")
         value = self._heads("value", x, kv_heads, "kv_heads")
@@ -62,15 +82,11 @@ class Attention(nn.Module):
         if cache_length:
             key, value = self._cached(key, value, mask.query_index, cache_length)
 
-        dropout = None
-        if train and cfg.dropout.attention:
-            drop = Dropout(cfg.dropout.attention, self.layout, name="probability_dropout")
-            dropout = lambda p: drop(p, "batch", "kv_heads", "length", None, None, train=train)  # noqa: E731
         options = AttentionOptions(
             segments=mask.query_segments is not None,
             window=bool(mask.window),
-            bias=bias is not None,
-            dropout=dropout is not None,
+            bias=shared.bias is not None,
+            dropout=drop is not None,
             softcap=cfg.attention_softcap,
             split_length=self.layout.activation_pieces("length") > 1,
             cache=bool(cache_length),
@@ -78,7 +94,7 @@ class Attention(nn.Module):
             head_dim=size,
         )
         kernel = select("auto" if cache_length else cfg.attention_kernel, options, jax.default_backend())
-        out = kernel.attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=dropout)
+        out = kernel.attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop)
 
         out = self.layout(out, "batch", "length", "heads", "head_dim")
         out = out.reshape(*x.shape[:-1], heads * size)
@@ -104,6 +120,11 @@ class Attention(nn.Module):
             name=name,
         )
         return self.layout(project(x).reshape(*x.shape[:-1], heads, size), "batch", "length", axis, "head_dim")
+
+    def _drop(self, probabilities: jax.Array, *, key: jax.Array, rows: jax.Array) -> jax.Array:
+        """Dropout of (B, K, T, N / K, S)."""
+        axes = ("batch", "kv_heads", "length", None, None)
+        return dropout(probabilities, self.cfg.dropout.attention, key, rows, self.layout, *axes)
 
     def _cached(
         self, key: jax.Array, value: jax.Array, slots: jax.Array, cache_length: int

@@ -1,7 +1,7 @@
 """The decoder-only language model: embed, blocks, norm, head."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.masks import AttentionMask, causal_mask
-from llm_jax.models.attention import head_dim
-from llm_jax.models.layers import Dropout, Embedding, Linear, block_norm, linear_init, product
+from llm_jax.models.attention import Shared, head_dim
+from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
 from llm_jax.models.transformer import Stack
 from llm_jax.precision import Precision, at_least_float32
@@ -35,11 +35,13 @@ class TokenLosses(NamedTuple):
       loss: (B, T), -log p(target), smoothed where asked.
       log_z: (B, T), log of the softmax's denominator.
       correct: (B, T) bool, the target is the likeliest token.
+      routing: of a mixture of experts, each row's statistics summed over layers; else None.
     """
 
     loss: jax.Array
     log_z: jax.Array
     correct: jax.Array
+    routing: Any
 
 
 class Decoder(nn.Module):
@@ -55,12 +57,12 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
-        train: bool = False,
+        dropout_key: jax.Array | None = None,
         cache_length: int = 0,
     ) -> jax.Array:
         """Logits of the next token, (B, T, V) float32 (or float64), V the padded vocabulary; padded ids have -inf
         unless the config keeps them. Arguments as `trunk`."""
-        x, head = self.trunk(tokens, positions, segment_ids, train=train, cache_length=cache_length)
+        x, head, _ = self.trunk(tokens, positions, segment_ids, dropout_key=dropout_key, cache_length=cache_length)
         return self._logits(x, head)
 
     def token_losses(
@@ -70,12 +72,13 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
+        rows: jax.Array | None = None,
         label_smoothing: float = 0.0,
         chunk: int = 0,
-        train: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> TokenLosses:
         """The cross-entropy of `targets` (B, T); with `chunk`, logits exist for that many tokens of a row at a time."""
-        x, head = self.trunk(tokens, positions, segment_ids, train=train)
+        x, head, routing = self.trunk(tokens, positions, segment_ids, rows=rows, dropout_key=dropout_key)
         if chunk:
             found = chunked_cross_entropy(
                 x,
@@ -87,10 +90,10 @@ class Decoder(nn.Module):
                 vocab_size=possible_ids(self.cfg),
                 layout=self.layout,
             )
-            return TokenLosses(*found)
+            return TokenLosses(*found, routing)
         logits = self._logits(x, head)
         loss, log_z = cross_entropy(logits, targets, label_smoothing)
-        return TokenLosses(loss, log_z, logits.argmax(-1) == targets)
+        return TokenLosses(loss, log_z, logits.argmax(-1) == targets, routing)
 
     @nn.compact
     def trunk(
@@ -99,9 +102,10 @@ class Decoder(nn.Module):
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
         *,
-        train: bool,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
         cache_length: int = 0,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, Any]:
         """All but the product with the head.
 
         Args:
@@ -109,11 +113,12 @@ class Decoder(nn.Module):
           positions: (B, T) int32, place of each token in its document; None: its place in the row. With a cache they
             are the slots written and read, and a place beyond the cache marks padding.
           segment_ids: (B, T) int32, document of each token in a packed row, 0 for padding; None: one document a row.
-          train: apply dropout (needs the random stream "dropout").
+          rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: they are the whole batch.
+          dropout_key: None: no dropout.
           cache_length: slots of the key-value cache, for prefill and decoding; 0: none.
 
         Returns:
-          x (B, T, D) and the head (D, V).
+          x (B, T, D), the head (D, V) and the routing statistics of `TokenLosses`.
         """
         cfg = self.cfg
         if not cache_length and tokens.shape[1] > cfg.max_length:
@@ -131,17 +136,20 @@ class Decoder(nn.Module):
         if cfg.embedding_scale:
             x = x * math.sqrt(cfg.embed_dim)
         x = self._add_positions(x, positions, from_start)
-        x = self.layout(x, "batch", "length", "embed")
-        x = Dropout(cfg.dropout.embedding, self.layout)(x, "batch", "length", "embed", train=train)
+        x = self.layout(x, "batch", "residual_length", "embed")
+        rows = jnp.arange(len(tokens)) if rows is None else rows
+        embedding_key, stack_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        axes = ("batch", "residual_length", "embed")
+        x = dropout(x, cfg.dropout.embedding, embedding_key, rows, self.layout, *axes)
 
         rotary = cfg.positions == "rotary"
         angles = rotary_angles(cfg.rope, head_dim(cfg), positions) if rotary else None
         bias = self._relative_bias(mask) if cfg.positions == "relative" else None
         stack = Stack(cfg, self.layout, self.precision, name="stack")
-        x = stack(x, mask, angles, bias, train=train, cache_length=cache_length)
+        x, routing = stack(x, stack_key, Shared(mask, rows, angles, bias), cache_length=cache_length)
         if cfg.norm_placement == "pre":
             x = block_norm(cfg, self.precision, "final_norm")(x)
-        return x, self._head(x, embedding)
+        return x, self._head(x, embedding), routing
 
     def _table(
         self, name: str, size: int, features: int, axes: tuple[str, str], initializer: nn.initializers.Initializer

@@ -149,20 +149,21 @@ class Embedding(nn.Module):
         return self.layout(self.table.astype(self.precision.compute), *self.axes)
 
 
-class Dropout(nn.Module):
-    """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate), in training alone.
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, rows: jax.Array, layout: Layout, *axes: str | None
+) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate).
 
-    The mask is a function of key and global shape, so it is the same on every mesh.
+    Each row's mask is a function of the key and of the row's number in the global batch, so it is the same on every
+    mesh, in every micro-batch and in a pipeline.
+
+    Args:
+      x: (B, ...), of the logical axes `axes`.
+      key: of this place in the model; None: no dropout.
+      rows: (B,) int32.
     """
-
-    rate: float
-    layout: Layout
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *axes: str | None, train: bool) -> jax.Array:
-        if not train or not self.rate:
-            return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        if axes:
-            keep = self.layout(keep, *axes)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+    if key is None or not rate:
+        return x
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(layout(keep, *axes), x / (1 - rate), 0)

@@ -40,12 +40,9 @@ class Model:
     def _abstract(self) -> Any:
         return jax.eval_shape(self._boxed, jax.random.key(0))  # traces the whole model, so once
 
-    def apply(
-        self, params: Any, *args: Any, dropout_key: jax.Array | None = None, method: str = "__call__", **kwargs: Any
-    ) -> Any:
-        """The module's `__call__`, or another method; with a `dropout_key` in training mode."""
-        rngs, train = (None, False) if dropout_key is None else ({"dropout": dropout_key}, True)
-        return self.module.apply({"params": params}, *args, train=train, rngs=rngs, method=method, **kwargs)
+    def apply(self, params: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """The module's `__call__`, or another method."""
+        return self.module.apply({"params": params}, *args, method=method, **kwargs)
 
     def apply_cached(
         self, params: Any, cache: Any, tokens: jax.Array, positions: jax.Array, cache_length: int

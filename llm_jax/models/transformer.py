@@ -1,13 +1,16 @@
 """A transformer block, which reads as its equation, and the stack of them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.elementwise import gelu
-from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.attention import Attention
-from llm_jax.models.layers import Dropout, Linear, block_norm, linear_init
+from llm_jax.models.attention import Attention, Shared
+from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -16,6 +19,18 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def remat_policy(cfg: DecoderConfig) -> Callable[..., Any]:
+    """What the backward pass finds kept, in device memory or in the host's; all else of a block it computes again."""
+    if cfg.remat == "names":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=cfg.remat_save,
+            names_which_can_be_offloaded=cfg.remat_offload,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return REMAT_POLICIES[cfg.remat]
 
 
 class MLP(nn.Module):
@@ -58,38 +73,37 @@ class Block(nn.Module):
     cfg: DecoderConfig
     layout: Layout
     precision: Precision
-    train: bool
-    cache_length: int
+    cache_length: int = 0
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: AttentionMask,
-        angles: tuple[jax.Array, jax.Array] | None,
-        bias: jax.Array | None,
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Any]:
+        """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
-        attention, mlp = Attention(*parts, name="attention"), MLP(*parts, name="mlp")
+        attention = Attention(*parts, name="attention")
         norm1 = block_norm(cfg, self.precision, "attention_norm")
         norm2 = block_norm(cfg, self.precision, "mlp_norm")
-        drop1 = Dropout(cfg.dropout.attention_output, self.layout)
-        drop2 = Dropout(cfg.dropout.mlp_output, self.layout)
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(x: jax.Array) -> jax.Array:
-            y = attention(x, mask, angles, bias, train=self.train, cache_length=self.cache_length)
-            return drop1(y, "batch", "length", "embed", train=self.train)
+            y = attention(x, keys[0], shared, cache_length=self.cache_length)
+            return self._drop(y, cfg.dropout.attention_output, keys[1], shared.rows)
 
-        def feed_forward(x: jax.Array) -> jax.Array:
-            return drop2(mlp(x), "batch", "length", "embed", train=self.train)
+        def feed_forward(x: jax.Array) -> tuple[jax.Array, Any]:
+            y, routing = MLP(*parts, name="mlp")(x), None
+            return self._drop(y, cfg.dropout.mlp_output, keys[2], shared.rows), routing
 
         if cfg.norm_placement == "pre":
             x = x + attend(norm1(x))
-            x = x + feed_forward(norm2(x))
+            y, routing = feed_forward(norm2(x))
+            x = x + y
         else:
             x = norm1(x + attend(x))
-            x = norm2(x + feed_forward(x))
-        return self.layout(x, "batch", "length", "embed"), None
+            y, routing = feed_forward(x)
+            x = norm2(x + y)
+        return self.layout(x, "batch", "residual_length", "embed"), routing
+
+    def _drop(self, y: jax.Array, rate: float, key: jax.Array | None, rows: jax.Array) -> jax.Array:
+        return dropout(y, rate, key, rows, self.layout, "batch", "residual_length", "embed")
 
 
 class Stack(nn.Module):
@@ -101,32 +115,31 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: AttentionMask,
-        angles: tuple[jax.Array, jax.Array] | None,
-        bias: jax.Array | None,
-        *,
-        train: bool,
-        cache_length: int = 0,
-    ) -> jax.Array:
+        self, x: jax.Array, key: jax.Array | None, shared: Shared, *, cache_length: int = 0
+    ) -> tuple[jax.Array, Any]:
+        """x after all blocks, and the sum of their routing statistics."""
         cfg = self.cfg
         block = Block
         if cfg.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=not cfg.scan_layers)
-        fields = (cfg, self.layout, self.precision, train, cache_length)
+            block = nn.remat(Block, policy=remat_policy(cfg), prevent_cse=not cfg.scan_layers)
+        fields = (cfg, self.layout, self.precision, cache_length)
+        layers = jnp.arange(cfg.num_layers)
+        keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, layers)
         if not cfg.scan_layers:
+            routings = []
             for layer in range(cfg.num_layers):
-                x, _ = block(*fields, name=f"block_{layer}")(x, mask, angles, bias)
-            return x
+                layer_key = None if keys is None else keys[layer]
+                x, routing = block(*fields, name=f"block_{layer}")(x, layer_key, shared)
+                routings.append(routing)
+            return x, jax.tree.map(lambda *parts: sum(parts), *routings)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "cache": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
             length=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = scanned(*fields, name="blocks")(x, mask, angles, bias)
-        return x
+        x, routings = scanned(*fields, name="blocks")(x, keys, shared)
+        return x, jax.tree.map(lambda parts: parts.sum(0), routings)

@@ -74,6 +74,7 @@ class LanguageObjective:
             batch["tokens"],
             batch["targets"],
             *places,
+            rows=batch.get("rows"),
             label_smoothing=smoothing,
             chunk=self.chunk,
             dropout_key=dropout_key,

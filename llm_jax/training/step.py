@@ -47,26 +47,29 @@ def gradients(
     dropout = getattr(model.cfg, "dropout", None)
     uses_dropout = dropout is not None and any(vars(dropout).values())
 
-    def loss(params: Any, micro: Batch, number: jax.Array | int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key = jax.random.fold_in(rng.stream(seed, "dropout", step), number) if uses_dropout else None
-        sums = objective.sums(model, params, micro, key)
+    dropout_key = rng.stream(seed, "dropout", step) if uses_dropout else None
+    if uses_dropout:  # each row's mask goes by its number, in whatever micro-batch it is
+        batch = batch | {"rows": jnp.arange(len(batch["tokens"]))}
+
+    def loss(params: Any, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = objective.sums(model, params, micro, dropout_key)
         terms = {name: value / weights[name] for name, value in sums.items()}
         return sum(coefficients[name] * value for name, value in terms.items()), terms
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
-        (_, terms), grads = value_and_grad(params, batch, 0)
+        (_, terms), grads = value_and_grad(params, batch)
     else:
         micros = jax.tree.map(lambda x: deal(x, accumulation, layout), batch)
 
-        def add(total: Any, micro_and_number: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            (_, terms), grads = value_and_grad(params, *micro_and_number)
+        def add(total: Any, micro: Batch) -> tuple[Any, None]:
+            (_, terms), grads = value_and_grad(params, micro)
             return jax.tree.map(jnp.add, total, (grads, terms)), None
 
         # Sums are kept in float32 at least, whatever the parameters are in.
         wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
         zeros = jax.tree.map(wide, params), {name: jnp.zeros((), float) for name in coefficients}
-        (grads, terms), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(accumulation)))
+        (grads, terms), _ = jax.lax.scan(add, zeros, micros)
     return grads, terms, objective.weights(batch)["loss"]
 
 
