@@ -43,10 +43,10 @@ def build(cfg: DecoderConfig, layout: Layout | None = None, dtype: str = "float3
     return registry.build(cfg, layout or Layout(), Precision(jnp.dtype(dtype), jnp.dtype(dtype)))
 
 
-def mesh_layout(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, **rules) -> Layout:
-    """A layout over as many of the test machine's devices as the sizes need."""
-    devices = jax.devices()[: data * fsdp * tensor * sequence]
-    return make_layout(MeshConfig(data, fsdp, sequence, tensor, **rules), devices)
+def mesh_layout(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, **others) -> Layout:
+    """A layout over as many of the test machine's devices as the sizes need; `others`: more fields of MeshConfig."""
+    cfg = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence, **others)
+    return make_layout(cfg, jax.devices()[: data * fsdp * tensor * sequence * cfg.expert * cfg.stage])
 
 
 def numbers(model: Model, seed: int = 0, scale: float = 0.3):
