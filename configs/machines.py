@@ -1,0 +1,209 @@
+"""Machines, what they can do, and the mesh that a model takes on each: `--config=llama3/70b:v5p-512`.
+
+A machine's name says how many there are:
+
+    v5e-256      a TPU slice; the number counts chips on v5e and v6e, TensorCores (two a chip) on v4, v5p and tpu7x
+    v5e-256x4    four such slices
+    h100x64      GPUs, in nodes of 8
+
+`fit` chooses, `launch/meshes.md` explains. Nothing here looks at the devices there are: training refuses a mesh that
+does not fit them.
+"""
+
+GIB, GB = 2**30, 10**9
+
+# Bandwidths are bytes/s that one chip sends while it receives as many: `fast` over all its links inside a slice or
+# node, `slow` between slices or nodes. `flops` is dense bfloat16. All of a chip; `devices` is how many JAX sees of it.
+# Sources: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of Google Cloud's documentation (half of the
+# bidirectional figure), for v4's links Jouppi et al. 2023 (arXiv 2304.01433, 6 of 50 GB/s), and NVIDIA's data sheets of
+# the cards and of the DGX systems (NVLink: half of the bidirectional figure; one network card of 200 or 400 Gbit/s a GPU).
+MACHINES = {
+    # Google gives no bandwidth between v4 slices; a v4 chip shows as two devices or, by its mode, as one.
+    "v4": dict(kind="TPU v4", flops=275e12, hbm=32 * GIB, fast=300 * GB, slow=0, cores=2, devices=2, domain=0),
+    "v5e": dict(kind="TPU v5 lite", flops=197e12, hbm=16 * GB, fast=200 * GB, slow=3.125 * GB, cores=1, devices=1, domain=0),
+    "v5p": dict(kind="TPU v5", flops=459e12, hbm=95 * GIB, fast=600 * GB, slow=6.25 * GB, cores=2, devices=1, domain=0),
+    "v6e": dict(kind="TPU v6 lite", flops=918e12, hbm=32 * GIB, fast=400 * GB, slow=12.5 * GB, cores=1, devices=1, domain=0),
+    "tpu7x": dict(kind="TPU7x", flops=2307e12, hbm=192 * GIB, fast=600 * GB, slow=12.5 * GB, cores=2, devices=2, domain=0),
+    "a100": dict(kind="NVIDIA A100", flops=312e12, hbm=80 * GB, fast=300 * GB, slow=25 * GB, devices=1, domain=8),
+    "h100": dict(kind="NVIDIA H100 80GB HBM3", flops=989e12, hbm=80 * GB, fast=450 * GB, slow=50 * GB, devices=1, domain=8),
+    "h200": dict(kind="NVIDIA H200", flops=989e12, hbm=141 * GB, fast=450 * GB, slow=50 * GB, devices=1, domain=8),
+    "b200": dict(kind="NVIDIA B200", flops=2250e12, hbm=180 * GB, fast=900 * GB, slow=50 * GB, devices=1, domain=8),
+}  # fmt: skip
+
+EXAMPLES = "v4-128, v5e-256, v5p-64, v6e-256, tpu7x-128, v5e-256x4 (four slices), a100x8, h100x64, h200x8, b200x8"
+
+
+def machine(name: str) -> dict:
+    """The facts of a machine by its name, those of a chip divided among the devices that JAX sees of it.
+
+    Returns:
+      flops, hbm, fast and slow of a device; devices of one slice or node ("domain"), and how many domains ("domains").
+
+    Raises:
+      ValueError: there is no such machine, with those there are.
+    """
+    family, dash, size = name.partition("-")
+    if not dash:
+        family, _, size = name.partition("x")
+    count, times, slices = size.partition("x")
+    chip = MACHINES.get(family)
+    numbers = (count, slices) if times else (count,)
+    if chip is None or bool(dash) != ("cores" in chip) or not all(n.isdigit() and int(n) for n in numbers):
+        raise ValueError(f"there is no machine {name!r}; give one of {', '.join(MACHINES)} with its size: {EXAMPLES}")
+    if dash:
+        unit = chip["cores"] // chip["devices"]
+        if int(count) % chip["cores"]:
+            raise ValueError(f"machine {name!r}: the number counts TensorCores, two a chip; give an even one")
+        domain, domains = int(count) // unit, int(slices or 1)
+    else:
+        domain = min(int(count), chip["domain"])
+        if times or int(count) % domain:
+            raise ValueError(f"machine {name!r}: GPUs come in nodes of {chip['domain']}; give a multiple, as h100x64")
+        domains = int(count) // domain
+    facts = {key: chip[key] / chip["devices"] for key in ("flops", "hbm", "fast", "slow")}
+    return facts | {"name": name, "domain": domain, "domains": domains, "devices": domain * domains}
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def model_size(*, layers, width, mlp, heads, kv_heads, vocab, length, experts=0, top_k=0) -> dict:
+    """What decides a mesh: the sizes of a LLaMA-like decoder, gated MLP, untied head, heads of 128 or width / heads."""
+    return dict(layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=kv_heads, vocab=vocab, length=length,
+                experts=experts, top_k=top_k)  # fmt: skip
+
+
+def parameters(size: dict) -> int:
+    """How many parameters the model has."""
+    width, kv_width = size["width"], size["width"] * size["kv_heads"] // size["heads"]
+    attention = 2 * width * width + 2 * width * kv_width
+    mlp = 3 * width * size["mlp"] * max(size["experts"], 1) + width * size["experts"]  # and the router
+    return size["layers"] * (attention + mlp + 2 * width) + 2 * size["vocab"] * width + width
+
+
+# ----------------------------------------------------------------------------------------- arithmetic intensity
+
+
+def fsdp_tokens(facts: dict, size: dict, *, expert: int = 1, slow: bool = False) -> float:
+    """Tokens a device must work on at a time so that gathering sharded weights is hidden behind products.
+
+    A matrix of P weights costs 2 P FLOPs a token and 2 P bytes (bfloat16) to gather: tokens > flops / bandwidth. The
+    backward pass does twice the products, and gathers again and scatters the gradients: the same. With `slow`, shards
+    lie in several slices or nodes, and each of these takes in the matrix once, over the links of all its devices.
+    Where a token meets k of E experts, split over Y devices, E / (Y k) times as many tokens.
+    """
+    bandwidth = min(facts["fast"], facts["slow"] * facts["domain"]) if slow else facts["fast"]
+    weights = size["experts"] / (expert * size["top_k"]) if size["experts"] else 1
+    return facts["flops"] / bandwidth * max(weights, 1)
+
+
+def data_tokens(facts: dict) -> float:
+    """Tokens a device must work on in a step so that summing gradients between slices or nodes is hidden.
+
+    Of P weights each device of a domain of n holds P / n, and sends 2 P / n bytes twice (bfloat16; reduce-scatter and
+    all-gather) beside 6 P FLOPs a token: tokens > 2/3 flops / (n x bandwidth).
+    """
+    return 2 / 3 * facts["flops"] / (facts["slow"] * facts["domain"])
+
+
+def tensor_limit(facts: dict, size: dict) -> float:
+    """The largest tensor axis at which the MLP's products hide the movement of activations.
+
+    A gated MLP costs 6 D F / Y FLOPs a token and device, and gathers and scatters 2 D bytes each: Y < 1.5 F / (flops / bandwidth).
+    """
+    return 1.5 * size["mlp"] * facts["fast"] / facts["flops"]
+
+
+def ring_tokens(facts: dict, size: dict) -> float:
+    """Tokens of a row that each device must hold so that ring attention hides the movement of keys and values.
+
+    With t tokens a device and N heads of H, K of them for keys, a turn costs 2 t^2 N H FLOPs (causal, balanced) and
+    moves 4 t K H bytes: t > 2 (K / N) flops / bandwidth.
+    """
+    return 2 * size["kv_heads"] / size["heads"] * facts["flops"] / facts["fast"]
+
+
+def expert_width(facts: dict, *, slow: bool = False) -> float:
+    """The smallest MLP width of an expert at which its products hide the two all-to-alls.
+
+    For each expert that a token goes to: 6 D F FLOPs, and 2 D bytes there and 2 D back: F > 2/3 flops / bandwidth.
+    """
+    return 2 / 3 * facts["flops"] / facts["slow" if slow else "fast"]
+
+
+def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
+    """The share of a pipeline's time in which a stage waits: (S - 1) / (M R + S - 1) (GPipe, arXiv 1811.06965)."""
+    return (stages - 1) / (microbatches * repeats + stages - 1)
+
+
+# ------------------------------------------------------------------------------------------------- the choice
+
+STATE_BYTES = 16  # a parameter: float32 weight and gradient, Adam's two float32 moments
+USABLE = 0.9  # of the memory; the rest is the runtime's, fragments, and the logits of one chunk
+
+
+def row_bytes(size: dict, tensor: int) -> float:
+    """Memory that a row takes under remat=full: every block's input, and one block's inside, forward and backward.
+
+    The residual stream is split over the tensor axis too (mesh.activation_rules), so all of it is divided.
+    """
+    inside = 2 * (4 * size["width"] + 3 * size["mlp"] * max(size["top_k"], 1))
+    return 2 * size["length"] * (size["layers"] * size["width"] + inside) / tensor
+
+
+def fit(name: str, size: dict, rows: int) -> dict:
+    """Mesh sizes and accumulation for a model on a machine.
+
+    Parameters are sharded (fsdp) inside a slice or node and copied between them (data) where their state takes at most
+    half of the memory, else sharded over all devices. Experts get the expert axis, inside the slice or node. Tensor
+    parallelism comes only where a row is too large for a device, or there are more devices than rows. The batch is cut
+    into the fewest micro-batches that fit.
+
+    Args:
+      name: of the machine; "" for any: all devices shard the parameters.
+      size: from `model_size`.
+      rows: of the global batch.
+
+    Returns:
+      {"mesh": {...}, "train": {"accumulation": n}}, to be laid over a config.
+
+    Raises:
+      ValueError: no such machine, or the model does not fit on it.
+    """
+    if not name:
+        return {"mesh": dict(data=1, fsdp=-1), "train": dict(accumulation=1)}
+    facts = machine(name)
+    state = STATE_BYTES * parameters(size)
+    shards = facts["domain"] if state / facts["domain"] <= facts["hbm"] / 2 else facts["devices"]
+    room = USABLE * facts["hbm"] - state / shards
+    expert = common_power(size["experts"], facts["domain"]) if size["experts"] else 1
+    tensor = 1
+    while tensor <= common_power(size["kv_heads"], facts["domain"] // expert):
+        batch_shards = facts["devices"] // tensor
+        rows_a_device = rows // batch_shards
+        fitting = [r for r in range(1, rows_a_device + 1) if not rows_a_device % r and r * row_bytes(size, tensor) <= room]
+        if fitting and not rows % batch_shards:
+            return {
+                "mesh": mesh_keys(facts, shards, expert, tensor),
+                "train": dict(accumulation=rows_a_device // fitting[-1]),
+            }
+        tensor *= 2
+    raise ValueError(
+        f"machine {name!r} is too small: {parameters(size) / 1e9:.1f}B parameters take {state / shards / GIB:.0f} GiB of "
+        f"each device's {facts['hbm'] / GIB:.0f}, and {rows} rows of {size['length']} tokens do not fit beside them"
+    )
+
+
+def mesh_keys(facts: dict, shards: int, expert: int, tensor: int) -> dict:
+    """The config's mesh: parameters over `shards` devices, with what goes across slices or nodes said."""
+    sizes = dict(data=facts["devices"] // shards, fsdp=shards // (expert * tensor), expert=expert, tensor=tensor)
+    rules = ("residual_length=sequence+tensor",) if tensor > 1 else ()
+    if facts["domains"] == 1:
+        return sizes | dict(activation_rules=rules)
+    axis = "fsdp" if shards > facts["domain"] else "data"
+    return sizes | dict(activation_rules=rules, across_slices=(f"{axis}={facts['domains']}",))
+
+
+def common_power(a: int, b: int) -> int:
+    """The largest power of two that divides both."""
+    return min(a & -a, b & -b)
