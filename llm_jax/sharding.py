@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
-from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes
+from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes, slice_sizes
 from llm_jax.errors import ConfigError, UserError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
@@ -81,6 +82,7 @@ class Layout:
 
     mesh: Mesh | AbstractMesh | None = None
     parameter_rules: Rules = PARAMETER_RULES
+    gradient_rules: Rules = PARAMETER_RULES
     optimizer_rules: Rules = PARAMETER_RULES
     activation_rules: Rules = ACTIVATION_RULES
 
@@ -103,7 +105,7 @@ class Layout:
         if len(used) != len(set(used)):
             raise ConfigError(
                 f"The axes {axes} would be split over {used}: a mesh axis can split only one of them. Change "
-                "mesh.parameter_rules or mesh.optimizer_rules."
+                "mesh.parameter_rules, mesh.gradient_rules, mesh.optimizer_rules or mesh.activation_rules."
             )
         return PartitionSpec(*(part or None for part in parts))
 
@@ -114,18 +116,18 @@ class Layout:
         spec = self.spec(axes, self.activation_rules)
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def parameter_shardings(self, shapes: Any, axes: Any, *, optimizer: bool = False) -> Any:
-        """Shardings for a tree of parameters (or, with `optimizer`, of the optimizer's copies of them).
+    def parameter_shardings(self, shapes: Any, axes: Any, rules: Rules | None = None) -> Any:
+        """Shardings for a tree of parameters, or of what has their shapes.
 
         Args:
           shapes: nested dict of ShapeDtypeStruct.
           axes: the same tree, a tuple of logical names in place of each leaf.
-          optimizer: use the optimizer's rule table.
+          rules: of the gradients or of the optimizer's state; None: the parameters'.
 
         Returns:
           The same tree of NamedSharding, or of None without a mesh.
         """
-        rules = self.optimizer_rules if optimizer else self.parameter_rules
+        rules = self.parameter_rules if rules is None else rules
 
         def sharding(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
             spec = self.spec(names, rules)
@@ -137,7 +139,8 @@ class Layout:
                     raise ConfigError(
                         f"The parameter {path_name(path)} of shape {shape.shape} cannot be split: its axis {name!r} of "
                         f"{size} is not a multiple of the {pieces} parts of mesh axes {' x '.join(dict(rules)[name])}. "
-                        "Change that size, the mesh, or that axis's rule (mesh.parameter_rules, mesh.optimizer_rules)."
+                        "Change that size, the mesh, or that axis's rule (mesh.parameter_rules, mesh.gradient_rules, "
+                        "mesh.optimizer_rules)."
                     )
             return NamedSharding(self.mesh, spec)
 
@@ -227,17 +230,56 @@ def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Lay
     Axis types are Auto: under JAX's default, Explicit, products over partitioned parameters raise.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(cfg, len(devices))
-    mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    shape, types = mesh_shape(cfg, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+    across = slice_sizes(cfg)
+    if across:
+        mesh = Mesh(devices_over_slices(shape, tuple(across.get(axis, 1) for axis in MESH_AXES), devices), MESH_AXES, types)
+    else:
+        mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
     return dataclasses.replace(abstract_layout(cfg, len(devices)), mesh=mesh)
+
+
+def devices_over_slices(shape: tuple[int, ...], across: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the shape of a mesh whose axes go over slices (or nodes) for `across` of their size, slowest first.
+
+    Neighbours along an axis lie in one slice as long as they can, so that a sum over it is one over fast links (ICI,
+    NVLink) and a small one over the network between slices.
+    """
+    inner = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    grids = [mesh_utils.create_device_mesh(inner, part) for part in slices_of(devices, math.prod(across))]
+    grid = np.array(grids).reshape(*across, *inner)
+    rank = len(shape)
+    return grid.transpose([axis for i in range(rank) for axis in (i, rank + i)]).reshape(shape)
+
+
+def slices_of(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice: by slice number (TPU), else by process (a node of GPUs), else, on fake CPU devices, in
+    equal runs. Raises ConfigError where they do not form `count` equal slices."""
+    numbers = [getattr(device, "slice_index", None) for device in devices]
+    if len(set(numbers)) == 1:
+        numbers = [device.process_index for device in devices]
+    if len(set(numbers)) == 1 and devices[0].platform == "cpu" and len(devices) % count == 0:
+        numbers = [i // (len(devices) // count) for i in range(len(devices))]
+    parts = [[d for d, n in zip(devices, numbers, strict=True) if n == number] for number in sorted(set(numbers))]
+    if len(parts) != count and len(parts) % count == 0:  # several processes a slice
+        share = len(parts) // count
+        parts = [sum(parts[i : i + share], []) for i in range(0, len(parts), share)]
+    if len(parts) != count or len({len(part) for part in parts}) > 1:
+        raise ConfigError(
+            f"mesh.across_slices asks for {count} slices or nodes of the same size, and the {len(devices)} devices form "
+            f"{len(parts)} of {', '.join(str(len(part)) for part in parts)}. Make the sizes' product the number there is."
+        )
+    return parts
 
 
 def abstract_layout(cfg: MeshConfig, num_devices: int) -> Layout:
     """The layout for a machine that need not be there: shapes and shardings, no arrays."""
     parameter_rules = change_rules(PARAMETER_RULES, cfg.parameter_rules, "mesh.parameter_rules")
+    gradient_rules = change_rules(parameter_rules, cfg.gradient_rules, "mesh.gradient_rules")
     optimizer_rules = change_rules(parameter_rules, cfg.optimizer_rules, "mesh.optimizer_rules")
+    activation_rules = change_rules(ACTIVATION_RULES, cfg.activation_rules, "mesh.activation_rules")
     mesh = AbstractMesh(mesh_shape(cfg, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return Layout(mesh, parameter_rules, optimizer_rules)
+    return Layout(mesh, parameter_rules, gradient_rules, optimizer_rules, activation_rules)
 
 
 def bytes_a_device(tree: Any) -> int:

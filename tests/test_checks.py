@@ -3,7 +3,7 @@
 import pytest
 
 from llm_jax.config import Config, check, check_devices, check_vocab, config_names, load
-from llm_jax.config.checks import mesh_sizes, run_steps
+from llm_jax.config.checks import MESH_AXES, mesh_sizes, run_steps
 from llm_jax.errors import ConfigError
 from llm_jax.training.restore import fitted
 
@@ -164,16 +164,17 @@ def test_vocabulary_is_the_tokenizers_or_at_least_as_large():
 @pytest.mark.parametrize(
     "overrides, num_devices, expected",
     [
-        ([], 8, (8, 1, 1, 1)),
-        (["mesh.tensor=2"], 8, (4, 1, 1, 2)),
-        (["mesh.sequence=4"], 8, (2, 1, 4, 1)),
-        (["mesh.data=2", "mesh.fsdp=-1"], 8, (2, 4, 1, 1)),
-        (["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], 4, (1, 2, 1, 2)),
+        ([], 8, (1, 8, 1, 1, 1, 1)),
+        (["mesh.tensor=2"], 8, (1, 4, 1, 1, 1, 2)),
+        (["mesh.sequence=4"], 8, (1, 2, 1, 1, 4, 1)),
+        (["mesh.stage=2", "mesh.expert=4"], 8, (2, 1, 1, 4, 1, 1)),
+        (["mesh.data=2", "mesh.fsdp=-1"], 8, (1, 2, 4, 1, 1, 1)),
+        (["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"], 4, (1, 1, 2, 1, 1, 2)),
     ],
 )
 def test_mesh_sizes(overrides, num_devices, expected):
     sizes = mesh_sizes(load("", overrides).mesh, num_devices)
-    assert tuple(sizes.items()) == tuple(zip(("data", "fsdp", "sequence", "tensor"), expected, strict=True))
+    assert tuple(sizes.items()) == tuple(zip(MESH_AXES, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_run_of_another_machine_is_restored_on_the_devices_here(capsys, change
     """All of them on fsdp, whatever axes its mesh had; but not where the run goes on."""
     cfg = load("", changes)
     found = fitted(cfg, fixed=False).mesh
-    assert mesh_sizes(found, 8) == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert mesh_sizes(found, 8) == dict.fromkeys(MESH_AXES, 1) | {"fsdp": 8}
     assert "does not fit here" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         fitted(cfg, fixed=True)

@@ -22,6 +22,7 @@ from llm_jax.sharding import (
     make_layout,
     mesh_shape,
     path_name,
+    slices_of,
 )
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -73,7 +74,7 @@ def test_changes_of_rules():
         ("embd=fsdp", "did you mean 'embed'?"),
         ("embed", "does not read as LOGICAL_AXIS=MESH_AXIS"),
         ("", "does not read as"),
-        ("embed=model", "names the mesh axis 'model'; there are data, fsdp, sequence, tensor"),
+        ("embed=model", "names the mesh axis 'model'; there are stage, data, fsdp, expert, sequence, tensor"),
     ],
 )
 def test_bad_changes_are_refused_with_their_key(change, message):
@@ -88,7 +89,7 @@ def test_the_optimizer_follows_the_parameters_unless_told_otherwise():
     layout = mesh_layout(2, 4, parameter_rules=("embed=",), optimizer_rules=("embed=data+fsdp",))
     shapes, axes = {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, {"a": ("embed", "mlp")}
     assert layout.parameter_shardings(shapes, axes)["a"].spec == P(None, ("tensor",))
-    assert layout.parameter_shardings(shapes, axes, optimizer=True)["a"].spec == P(("data", "fsdp"), ("tensor",))
+    assert layout.parameter_shardings(shapes, axes, layout.optimizer_rules)["a"].spec == P(("data", "fsdp"), ("tensor",))
 
 
 def test_every_parameter_axis_has_an_activation_rule_where_it_is_gathered():
@@ -100,14 +101,66 @@ def test_every_parameter_axis_has_an_activation_rule_where_it_is_gathered():
 # ------------------------------------------------------------------------------------------------------ mesh
 
 
+SIZES = {"stage": 1, "data": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
+
+
 def test_mesh_sizes_and_axis_types():
-    assert mesh_shape(MeshConfig(), 8) == (8, 1, 1, 1)
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 1, 2)
+    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 1, 2)
     layout = make_layout(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
-    assert layout.mesh.axis_types == (AxisType.Auto,) * 4  # under Explicit, Linen's products raise
+    assert dict(layout.mesh.shape) == SIZES | {"data": 2, "fsdp": 2, "tensor": 2}
+    assert layout.mesh.axis_types == (AxisType.Auto,) * 6  # under Explicit, Linen's products raise
     assert layout.num_devices == 8 and layout.batch_shards == 4
     assert Layout().num_devices == Layout().batch_shards == 1 and Layout().replicated is None
+
+
+class Device:
+    """What the mesh asks of a device."""
+
+    def __init__(self, id, slice_index=None, process_index=0, platform="tpu"):
+        self.id, self.process_index, self.platform = id, process_index, platform
+        self.device_kind, self.coords = "fake", None
+        if slice_index is not None:
+            self.slice_index = slice_index
+
+
+def ids(parts):
+    return [[device.id for device in part] for part in parts]
+
+
+def test_devices_are_told_apart_by_slice_then_by_process():
+    by_slice = [Device(i, slice_index=i % 2) for i in range(4)]
+    assert ids(slices_of(by_slice, 2)) == [[0, 2], [1, 3]]
+    by_node = [Device(i, process_index=i // 2, platform="gpu") for i in range(8)]
+    assert ids(slices_of(by_node, 4)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert ids(slices_of(by_node, 2)) == [[0, 1, 2, 3], [4, 5, 6, 7]]  # two processes a node
+    assert ids(slices_of([Device(i, platform="cpu") for i in range(4)], 2)) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "words"),
+    [
+        ([Device(i, slice_index=i // 2) for i in range(4)], 4, "asks for 4 slices"),
+        ([Device(i) for i in range(4)], 2, "form 1 of 4"),
+        ([Device(i, slice_index=i // 3) for i in range(4)], 2, "form 2 of 3, 1"),
+    ],
+)
+def test_slices_that_are_not_there_are_refused(devices, count, words):
+    with pytest.raises(ConfigError, match="mesh.across_slices") as error:
+        slices_of(devices, count)
+    assert words in str(error.value)
+
+
+def test_inner_parts_of_an_axis_lie_in_one_slice():
+    """data 4 = 2 slices x 2, fsdp 2 within each: devices 0-3 form the first slice."""
+    layout = mesh_layout(data=4, fsdp=2, across_slices=("data=2",))
+    found = [[device.id for device in row] for row in layout.mesh.devices[0, :, :, 0, 0, 0]]
+    assert {i for row in found[:2] for i in row} == {0, 1, 2, 3}
+    assert {i for row in found[2:] for i in row} == {4, 5, 6, 7}
+    layout = mesh_layout(data=2, fsdp=4, across_slices=("fsdp=2",))
+    found = [[device.id for device in row] for row in layout.mesh.devices[0, :, :, 0, 0, 0]]
+    for row in found:  # each row of fsdp goes over both slices, half in each
+        assert len(set(row[:2]) & {0, 1, 2, 3}) == 2 and len(set(row[2:]) & {4, 5, 6, 7}) == 2
 
 
 def test_layouts_are_values():
@@ -126,7 +179,7 @@ def test_without_a_mesh_nothing_changes():
 
 def test_a_layout_for_a_machine_that_is_not_there():
     layout = abstract_layout(MeshConfig(fsdp=512, tensor=8), 8192)
-    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 512, "sequence": 1, "tensor": 8}
+    assert dict(layout.mesh.shape) == SIZES | {"data": 2, "fsdp": 512, "tensor": 8}
     shapes = {"a": jax.ShapeDtypeStruct((1024, 64), jnp.float32)}
     shardings = layout.parameter_shardings(shapes, {"a": ("embed", "mlp")})
     leaf = jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=shardings["a"])
@@ -150,9 +203,9 @@ def test_batch_rows_and_pieces():
     rows = np.arange(24).reshape(8, 3)
     batch = layout.put_batch({"tokens": rows, "weights": np.arange(8.0), "pixels": np.zeros((8, 2, 2, 1))}, 8)
     np.testing.assert_array_equal(batch["tokens"], rows)
-    assert batch["pixels"].sharding.spec == P(("data", "fsdp"), None, None, None)
+    assert batch["pixels"].sharding.spec == P(("data", "fsdp", "expert"), None, None, None)
     pieces = {shard.device.id: shard.data.tolist() for shard in batch["weights"].addressable_shards}
-    by_place = layout.mesh.devices[:, :, 0]  # (data, fsdp, tensor): tensor neighbours hold the same rows
+    by_place = layout.mesh.devices[0, :, :, 0, 0]  # (data, fsdp, tensor): tensor neighbours hold the same rows
     for data in range(2):
         for fsdp in range(2):
             expected = [float(2 * (2 * data + fsdp)), float(2 * (2 * data + fsdp) + 1)]
@@ -178,26 +231,26 @@ def test_specs_of_a_whole_model():
     model = build(cfg, layout)
     shardings = layout.parameter_shardings(model.shapes(), model.axes())
     specs = {path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
-    fsdp, tensor = ("fsdp",), ("tensor",)
+    stage, fsdp, tensor = ("stage",), ("fsdp",), ("tensor",)
     block = {
-        "attention/key/bias": P(None, tensor),
-        "attention/key/kernel": P(None, fsdp, tensor),
-        "attention/out/bias": P(None, fsdp),
-        "attention/out/kernel": P(None, tensor, fsdp),
-        "attention/query/bias": P(None, tensor),
-        "attention/query/kernel": P(None, fsdp, tensor),
-        "attention/value/bias": P(None, tensor),
-        "attention/value/kernel": P(None, fsdp, tensor),
-        "attention_norm/bias": P(None, None),
-        "attention_norm/scale": P(None, None),
-        "mlp/down/bias": P(None, fsdp),
-        "mlp/down/kernel": P(None, tensor, fsdp),
-        "mlp/gate/bias": P(None, tensor),
-        "mlp/gate/kernel": P(None, fsdp, tensor),
-        "mlp/up/bias": P(None, tensor),
-        "mlp/up/kernel": P(None, fsdp, tensor),
-        "mlp_norm/bias": P(None, None),
-        "mlp_norm/scale": P(None, None),
+        "attention/key/bias": P(stage, tensor),
+        "attention/key/kernel": P(stage, fsdp, tensor),
+        "attention/out/bias": P(stage, fsdp),
+        "attention/out/kernel": P(stage, tensor, fsdp),
+        "attention/query/bias": P(stage, tensor),
+        "attention/query/kernel": P(stage, fsdp, tensor),
+        "attention/value/bias": P(stage, tensor),
+        "attention/value/kernel": P(stage, fsdp, tensor),
+        "attention_norm/bias": P(stage, None),
+        "attention_norm/scale": P(stage, None),
+        "mlp/down/bias": P(stage, fsdp),
+        "mlp/down/kernel": P(stage, tensor, fsdp),
+        "mlp/gate/bias": P(stage, tensor),
+        "mlp/gate/kernel": P(stage, fsdp, tensor),
+        "mlp/up/bias": P(stage, tensor),
+        "mlp/up/kernel": P(stage, fsdp, tensor),
+        "mlp_norm/bias": P(stage, None),
+        "mlp_norm/scale": P(stage, None),
     }
     assert specs == {f"stack/blocks/{name}": spec for name, spec in block.items()} | {
         "embedding/table": P(tensor, fsdp),

@@ -12,7 +12,7 @@ from tiny import QUICK, assert_close, assert_same_bits, build, decoder, mesh_lay
 from llm_jax.config import OptimConfig
 from llm_jax.models.layers import Embedding
 from llm_jax.objectives.language import LanguageObjective
-from llm_jax.sharding import Layout
+from llm_jax.sharding import Layout, path_name
 from llm_jax.training import optim, step
 from llm_jax.training import state as train_state
 
@@ -163,7 +163,7 @@ def start(layout=None, accumulation=1, ema_decay=0.0, dtype="float32", cfg=CONFI
     model = build(cfg, layout, dtype)
     settings = dataclasses.replace(OPTIM, **optimizer)
     tx = optim.make(settings, STEPS, model.shapes(), model.axes())
-    abstract = train_state.abstract(model, tx, layout, ema=ema_decay > 0)
+    abstract = train_state.abstract(model, tx, layout, ema=ema_decay > 0, offload=settings.offload)
     rate = optim.learning_rate(settings, STEPS)
     train_step = step.make_train_step(
         model, LanguageObjective(), tx, rate, layout, abstract, seed=0, accumulation=accumulation,
@@ -214,12 +214,22 @@ def expected(single):
 
 
 ZERO1 = dict(parameter_rules=("embed=",), optimizer_rules=("embed=data+fsdp",))
+ZERO2 = ZERO1 | dict(gradient_rules=("embed=data+fsdp",))
+SPLIT_RESIDUAL = dict(activation_rules=("residual_length=sequence+tensor",))
 
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation", "rules"),
-    [((8, 1, 1), 1, {}), ((1, 8, 1), 4, {}), ((2, 2, 2), 1, {}), ((2, 4, 1), 1, ZERO1)],
-    ids=["data", "fsdp, accumulation", "all", "ZeRO-1"],
+    [
+        ((8, 1, 1), 1, {}),
+        ((1, 8, 1), 4, {}),
+        ((2, 2, 2), 1, {}),
+        ((2, 4, 1), 1, ZERO1),
+        ((2, 4, 1), 4, ZERO2),
+        ((1, 2, 2, 2), 1, SPLIT_RESIDUAL),
+        ((4, 2, 1), 1, dict(across_slices=("data=2",))),
+    ],
+    ids=["data", "fsdp, accumulation", "all", "ZeRO-1", "ZeRO-2, accumulation", "residual split", "two slices"],
 )
 def test_training_is_the_same_on_every_mesh(capfd, expected, sizes, accumulation, rules):
     run = start(mesh_layout(*sizes, **rules), accumulation)
@@ -228,6 +238,32 @@ def test_training_is_the_same_on_every_mesh(capfd, expected, sizes, accumulation
     assert_close(jax.tree.map(np.asarray, state.params), expected[1], atol=1e-4)
     assert jax.tree.map(lambda x: x.sharding, state) == train_state.shardings(run.abstract)
     assert remat_warnings(capfd) == []
+
+
+def test_gradients_lie_as_their_rules_say():
+    """ZeRO-2 keeps a part of each gradient on each device; ZeRO-1 the whole."""
+    held = []
+    for rules in (ZERO1, ZERO2):
+        layout = mesh_layout(2, 4, 1, **rules)
+        model = build(SMALL, layout)
+        run = jax.jit(functools.partial(step.gradients, model, LanguageObjective(), layout=layout, seed=0, step=0))
+        grads, _, _ = run.lower(numbers(model), layout.put_batch(packed(ROWS, LENGTH), ROWS)).compile().output_shardings
+        held.append(grads["stack"]["block_0"]["mlp"]["up"]["kernel"].shard_shape((16, 24)))
+    assert held == [(16, 24), (2, 24)]
+
+
+def test_the_optimizer_state_waits_in_host_memory(expected):
+    """Of the parameters named, and to the same numbers."""
+    offload = (".*kernel",)
+    run = start(mesh_layout(2, 2, 2), offload=offload)
+    kinds = {
+        path_name(path): x.sharding.memory_kind for path, x in jax.tree_util.tree_leaves_with_path(adam_state(run.state).mu)
+    }
+    assert {kinds[name] for name in kinds if name.endswith("kernel")} == {"pinned_host"}
+    assert "pinned_host" not in {kinds[name] for name in kinds if not name.endswith("kernel")}
+    found, state = losses(run, quick(run))
+    np.testing.assert_allclose(found, expected[0], rtol=1e-5)
+    assert jax.tree.map(lambda x: x.sharding, state) == train_state.shardings(run.abstract)
 
 
 SMALL = decoder(num_layers=1, scan_layers=False, activation="gelu")

@@ -359,6 +359,28 @@ def check_mesh(mesh: MeshConfig) -> None:
     if len(rest) > 1:
         reason = f"mesh.{rest[0]} is -1 too, and only one axis can take all remaining devices"
         raise refuse(f"mesh.{rest[1]}", -1, reason, f"give mesh.{rest[0]} or mesh.{rest[1]} a size")
+    check_slices(mesh, sizes)
+
+
+def slice_sizes(mesh: MeshConfig) -> dict[str, int]:
+    """The part of each axis that goes over slices or nodes, of `mesh.across_slices`; empty: all in one."""
+    sizes: dict[str, int] = {}
+    for entry in mesh.across_slices:
+        axis, _, size = entry.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 2:
+            reason = f"it does not read as AXIS=SIZE, with each of {', '.join(MESH_AXES)} at most once and 2 or more slices"
+            fix = did_you_mean(axis, set(MESH_AXES) - {axis}, "data=2 splits the batch over two slices")
+            raise refuse("mesh.across_slices", entry, reason, fix)
+        sizes[axis] = int(size)
+    return sizes
+
+
+def check_slices(mesh: MeshConfig, sizes: dict[str, int]) -> None:
+    """An axis that goes over slices has as many devices in each. `sizes` may hold -1, for what is not known yet."""
+    for axis, outer in slice_sizes(mesh).items():
+        if sizes[axis] != -1 and sizes[axis] % outer:
+            reason = f"mesh.{axis} = {sizes[axis]} does not split into {outer} equal parts"
+            raise refuse("mesh.across_slices", f"{axis}={outer}", reason, f"make mesh.{axis} a multiple of {outer}")
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -391,6 +413,7 @@ def fitting_sizes(others: int, num_devices: int, rest: bool) -> list[int]:
 def check_devices(cfg: Config, num_devices: int) -> None:
     """Refuse what does not fit on `num_devices` devices (all hosts' together)."""
     sizes = mesh_sizes(cfg.mesh, num_devices)
+    check_slices(cfg.mesh, sizes)
     check_splits(cfg, sizes)
     train, shards = cfg.train, math.prod(sizes[axis] for axis in BATCH_AXES)
     parts = shards * train.accumulation

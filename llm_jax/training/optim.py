@@ -108,10 +108,16 @@ def decay_mask(cfg: OptimConfig, axes: Tree) -> Tree:
 
 def trainable_mask(cfg: OptimConfig, shapes: Tree) -> Tree:
     """False at the parameters that a pattern of `cfg.freeze` names."""
-    frozen = {path for pattern in cfg.freeze for path in _matching("optim.freeze", pattern, paths(shapes))}
-    if frozen and len(frozen) == len(paths(shapes)):
+    frozen = matching_mask("optim.freeze", cfg.freeze, shapes)
+    if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optim.freeze={cfg.freeze} freezes every parameter, so nothing would train; narrow it")
-    return _map_paths(lambda path: path not in frozen, shapes)
+    return jax.tree.map(lambda there: not there, frozen)
+
+
+def matching_mask(key: str, patterns: Sequence[str], shapes: Tree) -> Tree:
+    """True at the parameters that one of the patterns names; `key` is named where one matches nothing."""
+    found = {path for pattern in patterns for path in _matching(key, pattern, paths(shapes))}
+    return _map_paths(lambda path: path in found, shapes)
 
 
 def lr_factors(cfg: OptimConfig, shapes: Tree) -> Tree:

@@ -79,7 +79,8 @@ def fitted(cfg: Config, *, fixed: bool) -> Config:
     except ConfigError as error:
         if fixed:
             raise
-        mesh = dataclasses.replace(cfg.mesh, **dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1})
+        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
+        mesh = dataclasses.replace(cfg.mesh, **sizes, across_slices=(), stage_microbatches=0, stage_repeats=1)
         print(f"note: the run's mesh does not fit here ({error}); using mesh.fsdp=-1", file=sys.stderr)
         return dataclasses.replace(cfg, mesh=mesh)
 

@@ -13,6 +13,9 @@ from llm_jax.sharding import Layout
 from llm_jax.training import optim
 
 
+HOST_MEMORY = "pinned_host"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -45,14 +48,21 @@ def fresh(params: Any, tx: optax.GradientTransformation, *, ema: bool) -> TrainS
     return TrainState(*counters, params, tx.init(params), average)
 
 
-def abstract(model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings: shapes first, then shardings, then arrays."""
+def abstract(
+    model: Model, tx: optax.GradientTransformation, layout: Layout, *, ema: bool, offload: tuple[str, ...] = ()
+) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings: shapes first, then shardings, then arrays.
+
+    `offload`: patterns of the parameters whose optimizer state waits in pinned host memory.
+    """
     shapes, axes = model.shapes(), model.axes()
     state = jax.eval_shape(lambda params: fresh(params, tx, ema=ema), shapes)
     if layout.mesh is None:
         return state
     params = layout.parameter_shardings(shapes, axes)
-    optimizer = layout.parameter_shardings(shapes, axes, optimizer=True)
+    optimizer = layout.parameter_shardings(shapes, axes, layout.optimizer_rules)
+    in_host = lambda sharding, there: sharding.with_memory_kind(HOST_MEMORY) if there else sharding  # noqa: E731
+    waiting = jax.tree.map(in_host, optimizer, optim.matching_mask("optim.offload", offload, shapes))
     scalar = layout.replicated
     shardings = TrainState(
         scalar,
@@ -60,7 +70,7 @@ def abstract(model: Model, tx: optax.GradientTransformation, layout: Layout, *, 
         scalar,
         scalar,
         params,
-        optim.state_shardings(state.opt_state, shapes, optimizer, layout.replicated),
+        optim.state_shardings(state.opt_state, shapes, waiting, layout.replicated),
         optimizer if ema else None,
     )
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), state, shardings)
@@ -77,3 +87,21 @@ def init(model: Model, tx: optax.GradientTransformation, abstract_state: TrainSt
         return fresh(model.init(rng.stream(seed, "init")), tx, ema=abstract_state.ema is not None)
 
     return jax.jit(make, out_shardings=shardings(abstract_state))()
+
+
+def in_device_memory(opt_state: Any, abstract_opt_state: Any) -> Any:
+    """Under jit: the optimizer state where it can be computed with."""
+    return _moved(opt_state, abstract_opt_state, jax.memory.Space.Device)
+
+
+def in_own_memory(opt_state: Any, abstract_opt_state: Any) -> Any:
+    """Under jit: the optimizer state where it waits for the next step."""
+    return _moved(opt_state, abstract_opt_state, jax.memory.Space.Host)
+
+
+def _moved(opt_state: Any, abstract_opt_state: Any, space: jax.memory.Space) -> Any:
+    def move(x: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        waits = abstract.sharding is not None and abstract.sharding.memory_kind == HOST_MEMORY
+        return jax.device_put(x, space) if waits else x
+
+    return jax.tree.map(move, opt_state, abstract_opt_state)

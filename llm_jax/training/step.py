@@ -56,7 +56,14 @@ def gradients(
         terms = {name: value / weights[name] for name, value in sums.items()}
         return sum(coefficients[name] * value for name, value in terms.items()), terms
 
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    shardings = layout.parameter_shardings(model.shapes(), model.axes(), layout.gradient_rules)
+
+    def value_and_grad(params: Any, micro: Batch) -> tuple[Any, Any]:
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
+        if layout.mesh is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return values, grads
+
     if accumulation == 1:
         (_, terms), grads = value_and_grad(params, batch)
     else:
@@ -121,7 +128,9 @@ def make_train_step(
         good = finite & (weight > 0)  # a batch of padding alone is no update either
 
         def update(params: Any, opt_state: Any, ema: Any) -> tuple[Any, Any, Any]:
+            opt_state = train_state.in_device_memory(opt_state, abstract_state.opt_state)
             changes, opt_state = tx.update(grads, opt_state, params)
+            opt_state = train_state.in_own_memory(opt_state, abstract_state.opt_state)
             params = optax.apply_updates(params, changes)
             if ema is not None:
                 mean = lambda old, new: ema_decay * old + (1 - ema_decay) * new.astype(old.dtype)  # noqa: E731

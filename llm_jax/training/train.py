@@ -104,7 +104,9 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     shapes, axes = model.shapes(), model.axes()
     objective = LanguageObjective.make(cfg)
     tx = optim.make(cfg.optim, steps, shapes, axes)
-    abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+    abstract_state = train_state.abstract(
+        model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload
+    )
     evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
 
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
@@ -310,4 +312,4 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
     tx = optim.make(cfg.optim, updates, model.shapes(), model.axes())
-    return cfg, layout, model, train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+    return cfg, layout, model, train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload)
