@@ -1,0 +1,222 @@
+"""What the partitioner makes of a train step: its collectives, by kind, mesh axes and count.
+
+A process of its own (`python tests/collectives.py CELL ...`) has 512 fake CPU devices, compiles each cell's step for as
+many of them as it names and reads the module as it leaves the SPMD partitioner: from there on CPU's passes, which merge
+collectives and know no reduce-scatter, are not those of an accelerator.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+PASSED_ON = ("copy", "convert", "reshape", "bitcast", "transpose", "tuple")  # what may stand before the slice is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program; inside a loop it runs as often as the loop turns."""
+
+    kind: str
+    axes: str  # of the mesh, as "data+fsdp"
+    shape: tuple[int, ...]  # of the result
+    dtype: str
+    loop: bool
+    backward: bool
+    name: str  # where in the model
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], set[str]]:
+    """The module's computations, and the names of those that run inside a loop."""
+    computations: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    line_form = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*?)\)(.*)$")
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$", line):
+            current = computations.setdefault(head[1], [])
+        elif found := line_form.match(line):
+            name, result, opcode, operands, rest = found.groups()
+            kind = re.match(r"\(?(\w+)\[([\d,]*)\]", result)
+            dtype, shape = (kind[1], kind[2]) if kind else ("", "")
+            shape = tuple(int(n) for n in shape.split(",") if n)
+            current.append(Instruction(name, dtype, shape, opcode, tuple(re.findall(r"%([\w.-]+)", operands)), rest))
+
+    loops: set[str] = set()
+
+    def mark(name: str) -> None:
+        if name in loops or name not in computations:
+            return
+        loops.add(name)
+        for instruction in computations[name]:
+            for called in re.findall(r"%([\w.-]+)", instruction.rest):
+                mark(called)
+
+    for instructions in computations.values():
+        for instruction in instructions:
+            if instruction.opcode == "while":
+                mark(re.search(r"body=%?([\w.-]+)", instruction.rest)[1])
+    return computations, loops
+
+
+def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
+    """All that move arrays (not scalars). An all-reduce of which each device keeps a slice counts as reduce-scatter.
+
+    That is how the partitioner writes one; the compilers of TPU and GPU join the two.
+    """
+    computations, loops = parse(text)
+    found = []
+    for name, instructions in computations.items():
+        users: dict[str, list[Instruction]] = {}
+        for instruction in instructions:
+            for operand in instruction.operands:
+                users.setdefault(operand, []).append(instruction)
+        for one in instructions:
+            kind = one.opcode.removesuffix("-start")
+            if kind not in KINDS or not one.shape:
+                continue
+            if kind == "all-reduce" and keeps_a_slice(one, users):
+                kind = "reduce-scatter"
+            where = re.search(r'op_name="([^"]*)"', one.rest)
+            path = where[1] if where else ""
+            axes = axes_of(one.rest, mesh)
+            found.append(Collective(kind, axes, one.shape, one.dtype, name in loops, "transpose(" in path, path))
+    return found
+
+
+def keeps_a_slice(reduced: Instruction, users: dict[str, list[Instruction]]) -> bool:
+    """Whether nothing but a slice of the result is used, whatever copies and casts stand between."""
+    next_ones = users.get(reduced.name, [])
+    while len(next_ones) == 1:
+        (one,) = next_ones
+        if one.opcode == "dynamic-slice":
+            return one.shape != reduced.shape
+        if one.opcode not in PASSED_ON:
+            return False
+        next_ones = users.get(one.name, [])
+    return False
+
+
+def axes_of(rest: str, mesh: dict[str, int]) -> str:
+    """The mesh axes along which the devices of a group differ. Devices are numbered in the mesh's order."""
+    pairs = re.search(r"source_target_pairs=\{\{(.*?)\}\}", rest)
+    groups = [[int(n) for n in pair.split(",")] for pair in pairs[1].split("},{")] if pairs else replica_groups(rest)
+    varying = set()
+    for group in groups:
+        places = [coordinates(device, mesh) for device in group]
+        varying |= {axis for axis in mesh if len({place[axis] for place in places}) > 1}
+    return "+".join(axis for axis in mesh if axis in varying)
+
+
+def coordinates(device: int, mesh: dict[str, int]) -> dict[str, int]:
+    place = {}
+    for axis, size in reversed(mesh.items()):
+        device, place[axis] = divmod(device, size)
+    return place
+
+
+def replica_groups(rest: str) -> list[list[int]]:
+    """The groups of devices, of whichever of XLA's three spellings: lists, [4,2]<=[8], mesh['a'=4,'b'=2] {'b'}."""
+    import numpy as np
+
+    def iota(shape: str, order: str | None) -> "np.ndarray":
+        sizes = [int(n) for n in shape.split(",")]
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        return devices.transpose([int(n) for n in order.split(",")]) if order else devices
+
+    if found := re.search(r"replica_groups=\{\{(.*?)\}\}", rest):
+        return [[int(n) for n in group.split(",")] for group in found[1].split("},{")]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return iota(found[2], found[3]).reshape([int(n) for n in found[1].split(",")]).tolist()
+    named = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+    found = re.search(named, rest)
+    assert found, f"replica groups in a form that this parser does not know: {rest[:300]}"
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    over = re.findall(r"'(\w+)'", found[4])
+    assert "(" not in found[4], f"a part of an axis, which this parser does not know: {rest[:300]}"
+    devices = iota(found[2] or str(math.prod(sizes.values())), found[3]).reshape(list(sizes.values()))
+    last = [list(sizes).index(axis) for axis in over]
+    devices = np.moveaxis(devices, last, range(-len(last), 0))
+    return devices.reshape(-1, math.prod(sizes[axis] for axis in over)).tolist()
+
+
+def counts(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """{"all-gather": {"fsdp": 17}, ...}: how many instructions of each kind, by the mesh axes they go over."""
+    table = Counter((one.kind, one.axes) for one in found if one.axes)
+    return {kind: {axes: n for (k, axes), n in sorted(table.items()) if k == kind} for kind in KINDS}
+
+
+# ---------------------------------------------------------------------------------------- the process of its own
+
+DEVICES = 512
+
+
+def measure(specs: list[tuple[str, tuple[str, ...]]]) -> list[dict]:
+    """For each (config, overrides): seconds, mesh sizes, and the collectives as dicts. Runs another process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, __file__, json.dumps(specs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    assert "rematerialization" not in done.stderr, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_one(spec: str, overrides: list[str]) -> dict:
+    import jax
+
+    from llm_jax.config import check, check_devices, load
+    from llm_jax.config.checks import MESH_AXES
+    from llm_jax.sharding import make_layout
+    from llm_jax.training.lower import lower_step
+
+    cfg = load(spec, overrides)
+    check(cfg)
+    began = time.monotonic()
+    number = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
+    check_devices(cfg, number)
+    layout = make_layout(cfg.mesh, jax.devices()[:number])
+    lowered = lower_step(cfg, layout)
+    after = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_backend_optimization_level": 0}
+        if jax.__version_info__ < (0, 11):
+            options["xla_cpu_use_fusion_emitters"] = False
+        lowered.compile(compiler_options=options)
+        (file,) = Path(folder).glob("*train_step*after_spmd-partitioning*")
+        text = file.read_text()
+    mesh = {axis: layout.mesh.shape[axis] for axis in MESH_AXES}
+    return {
+        "spec": spec,
+        "mesh": mesh,
+        "lower_seconds": round(after - began, 2),
+        "compile_seconds": round(time.monotonic() - after, 2),
+        "collectives": [dataclasses.asdict(one) for one in collectives(text, mesh)],
+    }
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    print(json.dumps([compile_one(spec, overrides) for spec, overrides in json.loads(sys.argv[1])]))
