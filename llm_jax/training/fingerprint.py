@@ -33,6 +33,7 @@ def _fingerprint(replicated: NamedSharding | None) -> Callable[[Arrays], jax.Arr
 
 
 def _sums(a: jax.Array) -> jax.Array:
+    a = jax.device_put(a, jax.memory.Space.Device)  # from where an optimizer state may wait
     if a.dtype == bool:
         a = a.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[a.dtype.itemsize]
