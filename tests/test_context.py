@@ -1,6 +1,8 @@
 """Attention with the length split over devices, against the reference on one device; zig-zag order; memory."""
 
+import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -10,12 +12,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import QUICK, mesh_layout
 
+from llm_jax.config import MeshConfig
 from llm_jax.errors import ConfigError
-from llm_jax.kernels.attention import reference_attention
-from llm_jax.kernels.context import Split, ring_attention, ulysses_attention, zigzag_inverse, zigzag_order
-from llm_jax.kernels.masks import AttentionMask
+from llm_jax.kernels.context import all_to_all_attention, ring_attention, zigzag_inverse, zigzag_order
+from llm_jax.kernels.dense import jax_attention, reference_attention
+from llm_jax.kernels.masks import AttentionMask, causal_mask
+from llm_jax.kernels.split import Split
+from llm_jax.sharding import Layout, make_layout
 
-KERNELS = {"ring": functools.partial(ring_attention, tile=2), "ulysses": ulysses_attention}
+KERNELS = {
+    "ring": functools.partial(ring_attention, tile=2),
+    "all_to_all": functools.partial(all_to_all_attention, inner=reference_attention),
+}
 both = pytest.mark.parametrize("kernel", KERNELS)
 
 # Two rows of 16: segments that cross the borders of every split, one row with padding at its end and in its middle.
@@ -31,6 +39,10 @@ def draw(batch=2, length=16, heads=8, kv_heads=4, size=4, dtype="float64"):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
+def draw_sinks(heads=8):
+    return jnp.asarray(np.random.default_rng(1).normal(size=heads))
+
+
 def make_mask(segments=None, index=None, key_index=None, length=16, causal=True, window=0):
     index = np.arange(length) if index is None else index
     key_index = index if key_index is None else key_index
@@ -44,28 +56,31 @@ def of_padding_zero(x, mask):
     return x if mask.query_segments is None else jnp.where((mask.query_segments != 0)[..., None, None], x, 0)
 
 
-def numbers(attend, arrays, mask):
-    """The output and the gradients of query, key and value, of a jitted `attend`."""
+def numbers(attend, arrays, mask, sinks=None):
+    """The output and the gradients of query, key, value and sinks, of a jitted `attend`."""
 
-    def run(query, key, value, d_out, mask):
-        out, pull = jax.vjp(lambda *qkv: of_padding_zero(attend(*qkv, mask), mask), query, key, value)
-        return dict(zip(("out", "query", "key", "value"), (out, *pull(d_out)), strict=True))
+    def run(query, key, value, d_out, mask, sinks):
+        def masked(query, key, value, sinks):
+            return of_padding_zero(attend(query, key, value, mask, sinks=sinks), mask)
 
-    return jax.jit(run, compiler_options=QUICK)(*arrays, mask)
+        out, pull = jax.vjp(masked, query, key, value, sinks)
+        return dict(zip(("out", "query", "key", "value", "sinks"), (out, *pull(d_out)), strict=True))
+
+    found = jax.jit(run, compiler_options=QUICK)(*arrays, mask, sinks)
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def on_mesh(kernel, layout, **options):
-    rules = dict(layout.activation_rules)
-    split = Split(layout.mesh, "sequence", rules["batch"], rules["heads"])
-    return functools.partial(KERNELS[kernel], split=split, **options)
+    return functools.partial(KERNELS[kernel], split=Split.of(layout), **options)
 
 
-def check(kernel, layout, arrays, mask, softcap=0.0, atol=1e-10):
-    found = numbers(on_mesh(kernel, layout, softcap=softcap), arrays, mask)
+def check(kernel, layout, arrays, mask, softcap=0.0, sinks=None, atol=1e-10):
+    found = numbers(on_mesh(kernel, layout, softcap=softcap), arrays, mask, sinks)
     exact = [x.astype("float64") for x in arrays]
-    expected = numbers(functools.partial(reference_attention, softcap=softcap), exact, mask)
+    expected = numbers(functools.partial(reference_attention, softcap=softcap), exact, mask, sinks)
+    assert found.keys() == expected.keys()
     for name in expected:
-        assert found[name].dtype == arrays[0].dtype
+        assert found[name].dtype == (sinks if name == "sinks" else arrays[0]).dtype
         a, b = np.asarray(found[name], np.float64), np.asarray(expected[name])
         np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(b).max(), err_msg=name)
 
@@ -73,18 +88,13 @@ def check(kernel, layout, arrays, mask, softcap=0.0, atol=1e-10):
 # --------------------------------------------------------------------------------------------- exactness
 
 CASES = {  # sizes of the mesh, the mask, other options
-    "2 devices": (dict(sequence=2), {}, {}),
-    "8 devices": (dict(sequence=8), {}, {}),
-    "packed": (dict(sequence=4), dict(segments=SEGMENTS), {}),
-    "packed, 8 devices": (dict(sequence=8), dict(segments=SEGMENTS), {}),
-    "packed, window": (dict(sequence=4), dict(segments=SEGMENTS, window=3), {}),
+    "8 devices": (dict(sequence=8), dict(segments=SEGMENTS), {}),
     "window across shards": (dict(sequence=8), dict(window=5), {}),
-    "softcap": (dict(sequence=4), dict(segments=SEGMENTS), dict(softcap=0.7)),
     "both ways": (dict(sequence=4), dict(segments=SEGMENTS, causal=False), {}),
-    "batch and tensor axes": (dict(fsdp=2, sequence=2, tensor=2), dict(segments=SEGMENTS, window=6), dict(softcap=2.0)),
     "data axis": (dict(data=2, sequence=4), dict(segments=SEGMENTS), {}),
     "tensor axis": (dict(sequence=2, tensor=4), dict(segments=SEGMENTS), {}),
     "one part": (dict(fsdp=2, tensor=2), dict(segments=SEGMENTS), {}),
+    "every axis": (dict(fsdp=2, sequence=2, tensor=2), dict(segments=SEGMENTS, window=6), dict(sinks=True)),
 }
 
 
@@ -92,19 +102,42 @@ CASES = {  # sizes of the mesh, the mask, other options
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_to_the_last_digits(x64, kernel, case):
     sizes, mask, options = CASES[case]
+    options = options | ({"sinks": draw_sinks()} if "sinks" in options else {})
     check(kernel, mesh_layout(**sizes), draw(), make_mask(**mask), **options)
 
 
 @both
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_queries_share_key_heads(x64, kernel, kv_heads):
-    """With 1 and 2 there are fewer key-value heads than devices."""
-    check(kernel, mesh_layout(sequence=4), draw(kv_heads=kv_heads), make_mask(SEGMENTS))
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["", "packed"])
+def test_combinations_of_what_they_claim(x64, kernel, segments, window):
+    """Segments, window, soft-cap, sinks, shared key heads: the half of all 32 in which all choices of any four occur."""
+    for softcap, sinks in itertools.product([0.0, 0.7], [None, draw_sinks()]):
+        odd = (segments is not None) ^ (window != 0) ^ (softcap != 0) ^ (sinks is not None)
+        arrays = draw(kv_heads=2 if odd else 8)
+        check(kernel, mesh_layout(sequence=4), arrays, make_mask(segments, window=window), softcap, sinks)
+
+
+@both
+def test_without_a_mesh(x64, kernel):
+    check(kernel, Layout(), draw(), make_mask(SEGMENTS, window=6), 0.7, draw_sinks())
+
+
+@both
+def test_a_sink_beyond_all_scores_takes_all_weight(x64, kernel):
+    attend = on_mesh(kernel, mesh_layout(sequence=2))
+    found = numbers(attend, draw(), make_mask(), jnp.full(8, 1e4))
+    assert not any(np.asarray(x).any() for x in found.values())
+    check(kernel, mesh_layout(sequence=2), draw(), make_mask(), sinks=jnp.full(8, -1e4))  # and one below, none
+
+
+@both
+def test_all_queries_share_one_key_head(x64, kernel):
+    check(kernel, mesh_layout(sequence=4), draw(kv_heads=1), make_mask(SEGMENTS))
 
 
 def test_key_heads_that_devices_divide_unevenly(x64):
     """Three heads for two devices: each is sent twice, and two of three halves are used."""
-    check("ulysses", mesh_layout(sequence=2), draw(heads=12, kv_heads=3), make_mask(SEGMENTS))
+    check("all_to_all", mesh_layout(sequence=2), draw(heads=12, kv_heads=3), make_mask(SEGMENTS))
 
 
 @both
@@ -134,7 +167,8 @@ def test_places_of_each_row_and_other_lengths(x64, kernel):
 @both
 def test_bfloat16(x64, kernel):
     """Within 2% of the largest number of the float64 result; bfloat16 has 8 bits (0.4%)."""
-    check(kernel, mesh_layout(sequence=4), draw(dtype="bfloat16"), make_mask(SEGMENTS), atol=2e-2)
+    sinks = draw_sinks().astype("float32")
+    check(kernel, mesh_layout(sequence=4), draw(dtype="bfloat16"), make_mask(SEGMENTS), sinks=sinks, atol=2e-2)
 
 
 @pytest.mark.parametrize("tile", [1, 3, 512])
@@ -158,6 +192,48 @@ def test_padding_stays_finite(kernel):
         assert not any(np.asarray(x).any() for x in (out, *pull(arrays[3])))
 
 
+# --------------------------------------------------------------------------------------------- pipeline
+
+
+@pytest.mark.parametrize(
+    ("kernel", "own_mask"),
+    [("ring", False), ("ring", True), ("all_to_all", False), ("all_to_all", True), ("reference", True)],
+)
+def test_under_vmap_over_stages(x64, kernel, own_mask):
+    """As a pipeline runs its blocks: every stage on rows of its own, with a mask of its own or the same."""
+    layout = make_layout(MeshConfig(stage=2, data=1, fsdp=2, sequence=2), jax.devices())
+    on_stages = reference_attention if kernel == "reference" else on_mesh(kernel, layout)
+    segments = jnp.asarray(np.stack([SEGMENTS, SEGMENTS[::-1]]) if own_mask else SEGMENTS, jnp.int32)
+    places = make_mask(window=6)
+    arrays = [jnp.stack([x, 2 * x[::-1]]) for x in draw()[:3]]
+    sinks = jnp.stack([draw_sinks(), -draw_sinks()])
+    place = NamedSharding(layout.mesh, PartitionSpec("stage", "fsdp", "sequence"))
+
+    def stage(query, key, value, sinks, segments, attend):
+        mask = dataclasses.replace(places, query_segments=segments, key_segments=segments)
+        return of_padding_zero(attend(query, key, value, mask, sinks=sinks), mask)
+
+    def all_at_once(*arrays):
+        axes = (0, 0, 0, 0, 0 if own_mask else None)
+        return jax.vmap(functools.partial(stage, attend=on_stages), axes, spmd_axis_name="stage")(*arrays)
+
+    def one_by_one(*arrays):
+        *arrays, segments = arrays
+        each = segments if own_mask else [segments] * 2
+        return jnp.stack([stage(*x, reference_attention) for x in zip(*arrays, each, strict=True)])
+
+    def gradient(run):
+        def loss(*arrays):
+            out = run(*arrays, segments)
+            return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICK)
+
+    found = gradient(all_at_once)(*(jax.device_put(x, place) for x in arrays), sinks)
+    expected = gradient(one_by_one)(*arrays, sinks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), found, expected)
+
+
 # --------------------------------------------------------------------------------------------- work
 
 
@@ -167,7 +243,7 @@ def test_the_ring_leaves_out_what_no_query_sees():
     value = value.at[:, 12:].set(np.nan)
     attend = on_mesh("ring", mesh_layout(sequence=4))
     found = numbers(
-        lambda q, k, v, mask: attend(q, k, v, mask), (query, key, value, d_out.at[:, 12:].set(0)), make_mask()
+        attend, (query, key, value, d_out.at[:, 12:].set(0)), make_mask()
     )
     assert np.isfinite(found["out"][:, :12]).all() and np.isnan(found["out"][:, 12:]).all()
 
@@ -249,6 +325,28 @@ def test_heads_that_do_not_split_over_tensor_are_refused(kernel):
         on_mesh(kernel, mesh_layout(sequence=2, tensor=4))(*draw(kv_heads=2, dtype="float32")[:3], make_mask())
 
 
-def test_ulysses_refuses_too_few_heads():
-    with pytest.raises(ConfigError, match="2 query and 2 key-value heads.* must then be a multiple of 4. Take ring attention"):
-        on_mesh("ulysses", mesh_layout(sequence=4, tensor=2))(*draw(heads=4, dtype="float32")[:3], make_mask())
+def test_batches_that_do_not_split_are_refused():
+    with pytest.raises(ConfigError, match=r"2 rows does not split over the 4 devices .*train\.global_batch_size"):
+        on_mesh("ring", mesh_layout(sequence=2, fsdp=4))(*draw(dtype="float32")[:3], make_mask())
+
+
+def test_all_to_all_refuses_too_few_heads():
+    with pytest.raises(ConfigError, match="2 on a tensor part, with 2 key-value heads: a multiple of 4.* Take ring"):
+        on_mesh("all_to_all", mesh_layout(sequence=4, tensor=2))(*draw(heads=4, dtype="float32")[:3], make_mask())
+
+
+def test_a_length_over_two_axes_is_refused():
+    layout = mesh_layout(sequence=2, tensor=2)
+    rules = dict(layout.activation_rules) | {"length": ("sequence", "tensor")}
+    with pytest.raises(ConfigError, match="split 'length' over sequence and tensor"):
+        Split.of(dataclasses.replace(layout, activation_rules=tuple(rules.items())))
+
+
+def test_all_to_all_hands_unordered_rows_to_nothing_that_counts_places_itself():
+    attend = on_mesh("all_to_all", mesh_layout(sequence=4), inner=jax_attention("xla"))
+    arrays = draw(dtype="float32")
+    with pytest.raises(ValueError, match="in order"):
+        attend(*arrays[:3], causal_mask(16, order=zigzag_order(16, 4)))
+    np.testing.assert_allclose(
+        attend(*arrays[:3], causal_mask(16)), reference_attention(*arrays[:3], causal_mask(16)), atol=1e-6
+    )

@@ -2,123 +2,166 @@
 
 Every back end declares what it can do. `select` takes the fastest that covers the request on the platform in use, or
 stops and names what is missing; nothing falls through to a back end that would ignore part of the request.
-
-Letters: b batch, q queries (of all heads that share a key head), s keys, k key-value heads, h head size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llm_jax.errors import ConfigError
+from llm_jax.kernels.context import all_to_all_attention, all_to_all_lacks, ring_attention
+from llm_jax.kernels.dense import jax_attention, reference_attention
 from llm_jax.kernels.masks import AttentionMask
+from llm_jax.kernels.splash import LANES, splash_attention
+from llm_jax.kernels.split import Split
+from llm_jax.sharding import Layout
+
+# ------------------------------------------------------------------------------------------------ the request
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer asks of attention, known when the model is built."""
+    """What a layer asks of attention; known from config and mesh, before there is any array."""
 
     segments: bool = False
     window: bool = False
     bias: bool = False  # an additive term on the scores, such as relative positions
     dropout: bool = False
     softcap: float = 0.0
-    split_length: bool = False  # a row's tokens lie on several devices
+    sinks: bool = False  # a learned score a head that holds no value
     cache: bool = False  # queries of a row stand at their own places, as in decoding
     dtype: str = "float32"
     head_dim: int = 64
+    heads: int = 1
+    kv_heads: int = 1
+    length: int = 0  # tokens of a row; 0: not known
+    length_parts: int = 1  # a row's tokens lie on so many devices
+    head_parts: int = 1  # the heads lie on so many
+    kv_head_parts: int = 1
+
+    @property
+    def split_length(self) -> bool:
+        return self.length_parts > 1
+
+    @property
+    def gqa(self) -> bool:
+        """Several query heads share a key-value head."""
+        return self.kv_heads != self.heads
 
     def needs(self) -> frozenset[str]:
-        names = ("segments", "window", "bias", "dropout", "softcap", "split_length", "cache")
-        return frozenset(name for name in names if getattr(self, name))
+        return frozenset(name for name in CAPABILITIES if getattr(self, name))
+
+    def whole_rows(self) -> "AttentionOptions":
+        """What is asked of the attention within all-to-all: whole rows, on one device, of some of the heads."""
+        return dataclasses.replace(self, length_parts=1, head_parts=1, kv_head_parts=1)
 
 
-def reference_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: AttentionMask,
-    *,
-    softcap: float = 0.0,
-    bias: jax.Array | None = None,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """The formula as it stands, with the scores in at least float32: covers everything, keeps the (T, S) scores.
+CAPABILITIES = ("segments", "window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa")
 
-    Args:
-      query: (B, T, N, H).
-      key, value: (B, S, K, H), with N a multiple of K (grouped-query attention).
-      mask: which keys each query sees. A query that sees none (padding) gets a finite value that nothing may use.
-      softcap: c in c*tanh(scores/c), before the mask; 0 leaves them.
-      bias: (1 or B, N, T, S), added to the scores.
-      dropout: applied to the probabilities, (B, K, T, N / K, S).
+# ------------------------------------------------------------------------------------------------ what shapes each takes
 
-    Returns:
-      (B, T, N, H), in the dtype of `query`.
+SAME_SPLIT = "key-value heads that are split as the heads are (mesh.activation_rules)"
+
+
+def any_shape(options: AttentionOptions) -> list[str]:
+    return []
+
+
+def cudnn_lacks(options: AttentionOptions) -> list[str]:
+    """As jax checks before it calls cuDNN (jax/_src/cudnn/fused_attention_stablehlo.py). Heads up to 256 would do on
+    Hopper and later, but not before, and a config is read without looking at the card."""
+    missing = []
+    if options.head_dim > 128 or options.head_dim % 8:
+        missing.append(f"heads of {options.head_dim} (multiples of 8 up to 128)")
+    if options.segments and options.length % 2:  # they become a bias
+        missing.append(f"packed rows of {options.length} tokens (an even number)")
+    if options.head_parts != options.kv_head_parts:
+        missing.append(SAME_SPLIT)
+    return missing
+
+
+def splash_lacks(options: AttentionOptions) -> list[str]:
+    missing = [] if options.length % LANES == 0 else [f"rows of {options.length} tokens (multiples of {LANES})"]
+    if options.head_parts != options.kv_head_parts:
+        missing.append(SAME_SPLIT)
+    return missing
+
+
+def ring_lacks(options: AttentionOptions) -> list[str]:
+    missing, chunks = [], 2 * options.length_parts  # of the zig-zag order
+    if options.split_length and options.length % chunks:
+        missing.append(f"rows of {options.length} tokens in {chunks} equal chunks, two a device")
+    if options.head_parts != options.kv_head_parts:
+        missing.append(SAME_SPLIT)
+    return missing
+
+
+def all_to_all_shape_lacks(options: AttentionOptions) -> list[str]:
+    missing = []
+    if options.length % options.length_parts:
+        missing.append(f"rows of {options.length} tokens in {options.length_parts} equal parts")
+    if options.head_parts != options.kv_head_parts:
+        missing.append(SAME_SPLIT)
+    elif heads := all_to_all_lacks(options.heads, options.kv_heads, options.length_parts, options.head_parts):
+        missing.append(heads)
+    return missing
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A back end: what it covers beyond plain causal attention, and where it runs.
+
+    Attributes:
+      function: `function(query, key, value, mask, **terms)`, the terms being those of softcap, bias, dropout and sinks
+        that it covers; where `by_device`, with a Split after the mask.
+      covers: of CAPABILITIES.
+      lacks_shape: what the shapes of a request lack, in words.
+      by_device: it runs on each device by itself, under shard_map.
+      for_split: "auto" takes it only where the length is split.
+      zigzag: it gives all devices equal work if rows are in `context.zigzag_order`, and goes by the mask's places.
+      within: it hands whole rows to another kernel, of the selector's choice.
     """
-    batch, length, heads, size = query.shape
-    kv_heads, groups = key.shape[2], heads // key.shape[2]
-    # The queries that share a key head are rows of one product; with g as an axis of its own it is slower on CPUs.
-    query = (query * size**-0.5).reshape(batch, length, kv_heads, groups, size)
-    query = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, length * groups, size)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bkqh,bskh->bkqs", query, key, preferred_element_type=wide)
-    scores = scores.reshape(batch, kv_heads, length, groups, -1)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if bias is not None:
-        bias = bias.reshape(bias.shape[0], kv_heads, groups, *bias.shape[2:])
-        scores = scores + jnp.swapaxes(bias, 2, 3)
-    scores = jnp.where(mask.dense()[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
-    probabilities = jax.nn.softmax(scores)
-    if dropout is not None:
-        probabilities = dropout(probabilities)
-    probabilities = probabilities.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
-    out = jnp.einsum("bkqs,bskh->bkqh", probabilities, value).reshape(batch, kv_heads, length, groups, size)
-    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, size)
 
-
-def jax_attention(implementation: str) -> Callable[..., jax.Array]:
-    """`jax.nn.dot_product_attention` with that implementation ("xla" or "cudnn")."""
+    name: str
+    function: Callable[..., jax.Array]
+    covers: frozenset[str]
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float64")
+    lacks_shape: Callable[[AttentionOptions], list[str]] = any_shape
+    by_device: bool = False
+    for_split: bool = False
+    zigzag: bool = False
+    within: bool = False
 
     def attend(
+        self,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
         mask: AttentionMask,
         *,
-        softcap: float = 0.0,
-        bias: jax.Array | None = None,
-        dropout: Callable[[jax.Array], jax.Array] | None = None,
+        layout: Layout | None = None,
+        **terms: Any,
     ) -> jax.Array:
-        assert not softcap and dropout is None, "the selector does not choose this back end for these"
-        segments = mask.query_segments is not None
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=dataclasses.replace(mask, causal=False, window=0).dense()[:, None] if segments else None,
-            is_causal=mask.causal,
-            local_window_size=(mask.window - 1, 0) if mask.window else None,
-            implementation=implementation,
-        )
+        """(B, T, N, H), (B, S, K, H) twice to (B, T, N, H), as `dense.reference_attention` with the same arguments.
 
-    return attend
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A back end: what it covers beyond plain causal attention, and where it runs."""
-
-    name: str
-    attend: Callable[..., jax.Array]
-    covers: frozenset[str]
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float64")
-    head_dim_limit: int = 0  # largest head size; 0: any
+        Args:
+          layout: how the arrays are split over a mesh.
+          terms: softcap, bias, dropout, sinks. Raises ValueError where one is not empty that this back end does not
+            cover; `select` sees to it that there is none.
+        """
+        given = {name: term for name, term in terms.items() if term is not None and (name != "softcap" or term)}
+        if more := given.keys() - self.covers:
+            raise ValueError(f"{self.name} attention was given {', '.join(sorted(more))}, which it does not cover.")
+        if self.by_device:
+            return self.function(query, key, value, mask, Split.of(layout or Layout()), **given)
+        return self.function(query, key, value, mask, **given)
 
     def lacks(self, options: AttentionOptions, platform: str) -> list[str]:
         """What stands between this back end and the request, in words."""
@@ -127,42 +170,74 @@ class Kernel:
             missing.append(f"the platform {platform}")
         if options.dtype not in self.dtypes:
             missing.append(f"the dtype {options.dtype}")
-        if self.head_dim_limit and (options.head_dim > self.head_dim_limit or options.head_dim % 8):
-            missing.append(f"heads of {options.head_dim} (multiples of 8 up to {self.head_dim_limit})")
-        return missing
+        return missing + self.lacks_shape(options)
 
 
 KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "cudnn",
         jax_attention("cudnn"),
-        frozenset({"segments", "window"}),
+        frozenset({"segments", "window", "gqa"}),
         platforms=("gpu",),
         dtypes=("bfloat16",),
-        head_dim_limit=128,
+        lacks_shape=cudnn_lacks,
     ),
     Kernel(
-        "reference",
-        reference_attention,
-        frozenset({"segments", "window", "bias", "dropout", "softcap", "split_length", "cache"}),
+        "splash",
+        splash_attention,
+        frozenset({"segments", "window", "softcap", "sinks", "gqa"}),
+        platforms=("tpu",),
+        dtypes=("float32", "bfloat16"),
+        lacks_shape=splash_lacks,
+        by_device=True,
     ),
-    Kernel("xla", jax_attention("xla"), frozenset({"segments", "window", "bias", "split_length"})),
+    Kernel(
+        "ring",
+        ring_attention,
+        frozenset({"segments", "window", "softcap", "sinks", "split_length", "gqa"}),
+        lacks_shape=ring_lacks,
+        by_device=True,
+        for_split=True,
+        zigzag=True,
+    ),
+    Kernel(
+        "all_to_all",
+        all_to_all_attention,
+        frozenset({"segments", "window", "softcap", "sinks", "split_length", "gqa"}),
+        lacks_shape=all_to_all_shape_lacks,
+        by_device=True,
+        for_split=True,
+        within=True,
+    ),
+    Kernel("reference", reference_attention, frozenset(CAPABILITIES)),  # XLA gathers split rows
+    Kernel(
+        "xla",
+        jax_attention("xla"),
+        frozenset({"segments", "window", "bias", "split_length", "gqa"}),
+        dtypes=("float32", "bfloat16"),  # its softmax is in float32 whatever the dtype
+    ),
 )
 
 
 def select(name: str, options: AttentionOptions, platform: str) -> Kernel:
     """The kernel called `name`, or for "auto" the fastest one, that covers `options` on `platform`.
 
+    A pure function of its arguments: it looks at no device.
+
     Raises:
       ConfigError: the named kernel cannot do what the model asks, with what it lacks.
     """
+    fit = [kernel for kernel in KERNELS if not kernel.lacks(options, platform)]
     if name == "auto":
-        return next(kernel for kernel in KERNELS if not kernel.lacks(options, platform))
-    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
-    if missing := kernel.lacks(options, platform):
-        fit = [other.name for other in KERNELS if not other.lacks(options, platform)]
-        raise ConfigError(
-            f"model.attention_kernel={name!r} cannot do what this model needs: it lacks {', '.join(missing)}. "
-            f"Use {' or '.join(repr(other) for other in ['auto', *fit])}."
-        )
+        kernel = next(kernel for kernel in fit if options.split_length or not kernel.for_split)
+    else:
+        kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+        if missing := kernel.lacks(options, platform):
+            raise ConfigError(
+                f"model.attention_kernel={name!r} cannot do what this model needs: it lacks {', '.join(missing)}. "
+                f"Use {' or '.join(repr(other) for other in ['auto', *(other.name for other in fit)])}."
+            )
+    if kernel.within:
+        inner = select("auto", options.whole_rows(), platform)
+        return dataclasses.replace(kernel, function=functools.partial(kernel.function, inner=inner.attend))
     return kernel

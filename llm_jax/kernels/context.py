@@ -2,11 +2,13 @@
 
 `ring_attention` (Liu et al. 2023, arXiv 2310.01889): keys and values go round the devices, and each device keeps a
 running softmax of its own queries. It has no limit on heads, and its memory is linear in the length.
-`ulysses_attention` (Jacobs et al. 2023, arXiv 2309.14509): an all-to-all gives each device whole rows of some heads,
-another brings them back. It sends less, but needs heads enough.
+`all_to_all_attention` (Ulysses; Jacobs et al. 2023, arXiv 2309.14509): an all-to-all gives each device whole rows of
+some heads, another brings them back. It sends less, but needs heads enough.
 
-Both go by the places in the mask, not by where a token stands in the array: rows may come in any order. With
-`zigzag_order` every device has the same work under a causal mask.
+The ring goes by the places in the mask, not by where a token stands in the array: rows may come in any order. With
+`zigzag_order` every device has the same work under a causal mask. All-to-all does as the attention within it does.
+
+Both work under `jax.vmap(..., spmd_axis_name=...)` too, the form of a pipeline's stages.
 
 Letters: b batch, t queries, s keys, n heads, k key-value heads, r rows (a query of each head of one key head), h head
 size.
@@ -21,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from llm_jax.errors import ConfigError
-from llm_jax.kernels.attention import reference_attention
 from llm_jax.kernels.masks import AttentionMask
+from llm_jax.kernels.split import Split
 from llm_jax.precision import at_least_float32, wide_einsum
 
 # ------------------------------------------------------------------------------------------------ order of tokens
@@ -51,80 +53,32 @@ def zigzag_inverse(length: int, parts: int) -> np.ndarray:
     return np.argsort(zigzag_order(length, parts))
 
 
-# ------------------------------------------------------------------------------------------------ what is split how
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Over which mesh axes the arrays of an attention are split: tokens, rows of the batch, heads."""
-
-    mesh: Mesh | AbstractMesh
-    axis: str
-    batch_axes: tuple[str, ...]
-    head_axes: tuple[str, ...]
-
-    @property
-    def parts(self) -> int:
-        return self.mesh.shape[self.axis]
-
-    @property
-    def head_parts(self) -> int:
-        return math.prod(self.mesh.shape[name] for name in self.head_axes)
-
-    @property
-    def heads(self) -> PartitionSpec:
-        """Of an array (batch, tokens, heads, ...)."""
-        return PartitionSpec(self.batch_axes, self.axis, self.head_axes)
-
-    def mask(self, mask: AttentionMask, axis: str | None) -> AttentionMask:
-        """The partition of each array of the mask, with tokens over `axis`."""
-        index, row = PartitionSpec(axis), PartitionSpec(self.batch_axes, axis)
-        return dataclasses.replace(
-            mask,
-            query_index=index if mask.query_index.ndim == 1 else row,
-            key_index=index,
-            query_segments=None if mask.query_segments is None else row,
-            key_segments=None if mask.key_segments is None else row,
-        )
-
-    def check(self, query: jax.Array, key: jax.Array) -> None:
-        """Raises ConfigError where tokens or heads do not split evenly."""
-        for what, x in (("queries", query), ("keys", key)):
-            if x.shape[1] % self.parts:
-                raise ConfigError(
-                    f"Rows of {x.shape[1]} {what} do not split over the {self.parts} devices of mesh.{self.axis}. Make "
-                    f"data.sequence_length a multiple of {self.parts}."
-                )
-            if x.shape[2] % self.head_parts:
-                raise ConfigError(
-                    f"The {x.shape[2]} heads of the {what} do not split over the {self.head_parts} devices of "
-                    f"{' x '.join(f'mesh.{name}' for name in self.head_axes)}. Change the mesh, or model.num_heads and "
-                    "model.num_kv_heads."
-                )
-
-
 # ------------------------------------------------------------------------------------------------ all-to-all
 
 
-def ulysses_attention(
+def all_to_all_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: AttentionMask,
     split: Split,
     *,
+    inner: Callable[..., jax.Array],
     softcap: float = 0.0,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """`reference_attention` of whole rows, each device for its share of the heads (arXiv 2309.14509, section 3).
+    """`inner` attention of whole rows, each device for its share of the heads (arXiv 2309.14509, section 3).
 
     Where key-value heads are too few, each is sent to all the devices whose queries need it.
 
     Args:
       query: (B, T, N, H), a global array under jit.
       key, value: (B, S, K, H), split likewise.
-      mask: global, with the places of the tokens in whatever order they stand.
+      mask: global, with the places of the tokens in an order that `inner` can take.
       split: the mesh, and over which of its axes B, T and N are split.
+      inner: `inner(query, key, value, mask, **terms)`, with those of `softcap` and `sinks` that are not empty.
       softcap: c in c*tanh(scores/c); 0 leaves them.
+      sinks: (N,) scores of keys without a value, or None.
 
     Returns:
       (B, T, N, H), split as `query`, in its dtype. Queries that see nothing get a finite value that nothing may use.
@@ -133,25 +87,37 @@ def ulysses_attention(
       ConfigError: tokens or heads do not split evenly.
     """
     split.check(query, key)
-    heads, kv_heads = query.shape[2] // split.head_parts, key.shape[2] // split.head_parts
+    kv_heads = key.shape[2] // split.head_parts
     shares = math.lcm(kv_heads, split.parts)
-    if heads % shares:
-        raise ConfigError(
-            f"All-to-all attention splits heads over mesh.{split.axis}={split.parts} devices: {heads} query and "
-            f"{kv_heads} key-value heads, once split over {split.head_parts} (tensor). The query heads must then be a "
-            f"multiple of {shares}. Take ring attention, which has no such limit, or a smaller mesh.{split.axis}."
-        )
+    if missing := all_to_all_lacks(query.shape[2], key.shape[2], split.parts, split.head_parts):
+        raise ConfigError(f"All-to-all attention lacks {missing}. Take ring attention, or a smaller mesh.{split.axis}.")
 
     def whole_rows(x: jax.Array) -> jax.Array:
         return jax.lax.all_to_all(x, split.axis, split_axis=2, concat_axis=1, tiled=True)
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
+    def local(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, sinks: jax.Array | None
+    ) -> jax.Array:
+        terms = ({"softcap": softcap} if softcap else {}) | ({} if sinks is None else {"sinks": sinks})
+        if split.parts == 1:
+            return inner(query, key, value, mask, **terms)
         key, value = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (key, value))
-        out = reference_attention(whole_rows(query), whole_rows(key), whole_rows(value), mask, softcap=softcap)
+        out = inner(whole_rows(query), whole_rows(key), whole_rows(value), mask, **terms)
         return jax.lax.all_to_all(out, split.axis, split_axis=1, concat_axis=2, tiled=True)
 
-    specs = (split.heads, split.heads, split.heads, split.mask(mask, None))
-    return jax.shard_map(local, mesh=split.mesh, in_specs=specs, out_specs=split.heads)(query, key, value, mask)
+    # The heads that a device of the head axes has are dealt to the devices of the length axis in order.
+    head_axes = (*split.head_axes, split.axis) if split.axis else split.head_axes
+    specs = (*[split.heads] * 3, split.mask(mask, None), None if sinks is None else PartitionSpec(head_axes))
+    return split.run(local, specs, split.heads)(query, key, value, mask, sinks)
+
+
+def all_to_all_lacks(heads: int, kv_heads: int, parts: int, head_parts: int) -> str:
+    """What the heads lack to be split over `parts` devices, beside `head_parts` of the tensor axis; "": nothing."""
+    heads, kv_heads = heads // head_parts, kv_heads // head_parts
+    shares = math.lcm(kv_heads, parts)
+    if parts == 1 or heads % shares == 0:
+        return ""
+    return f"query heads enough ({heads} on a tensor part, with {kv_heads} key-value heads: a multiple of {shares})"
 
 
 # ------------------------------------------------------------------------------------------------ ring
@@ -161,11 +127,13 @@ def ulysses_attention(
 class Ring(Split):
     """All that is static about a ring attention."""
 
-    softcap: float
-    tile: int
+    softcap: float = 0.0
+    tile: int = 512
 
     def pass_on(self, block: Any) -> Any:
         """Each device's block goes to the next device, and the one before sends its own."""
+        if self.parts == 1:
+            return block
         pairs = [(part, (part + 1) % self.parts) for part in range(self.parts)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), block)
 
@@ -178,6 +146,7 @@ def ring_attention(
     split: Split,
     *,
     softcap: float = 0.0,
+    sinks: jax.Array | None = None,
     tile: int = 512,
 ) -> jax.Array:
     """Exact attention in memory linear in the length, forward and backward (arXiv 2310.01889, section 3).
@@ -192,6 +161,7 @@ def ring_attention(
       mask: global, with the places of the tokens in whatever order they stand.
       split: the mesh, and over which of its axes B, T and N are split.
       softcap: c in c*tanh(scores/c); 0 leaves them.
+      sinks: (N,) scores of keys without a value, or None.
       tile: about how many queries, and keys, are worked on at once.
 
     Returns:
@@ -202,36 +172,40 @@ def ring_attention(
     """
     ring = Ring(**vars(split), softcap=softcap, tile=tile)
     ring.check(query, key)
-    return _ring(query, key, value, mask, ring)
+    return _ring(query, key, value, mask, sinks, ring)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ring(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, ring: Ring) -> jax.Array:
-    return _forward(query, key, value, mask, ring)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ring(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, sinks: jax.Array | None, ring: Ring
+) -> jax.Array:
+    return _forward(query, key, value, mask, sinks, ring)[0]
 
 
-def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, ring: Ring) -> tuple[Any, Any]:
-    # Every device's arrays are its own, and nothing is differentiated through shard_map: no need to check_vma.
-    out, logsumexp = jax.shard_map(
-        functools.partial(_ring_forward, ring=ring),
-        mesh=ring.mesh,
-        in_specs=(ring.heads, ring.heads, ring.heads, ring.mask(mask, ring.axis)),
-        out_specs=(ring.heads, ring.heads),
-        check_vma=False,
-    )(query, key, value, mask)
-    return out, (query, key, value, mask, out, logsumexp)
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, sinks: jax.Array | None, ring: Ring
+) -> tuple[Any, Any]:
+    specs = (*[ring.heads] * 3, ring.mask(mask, ring.axis), None if sinks is None else ring.sinks)
+    run = ring.run(functools.partial(_ring_forward, ring=ring), specs, (ring.heads, ring.heads))
+    out, logsumexp = run(query, key, value, mask, sinks)
+    return out, (query, key, value, mask, sinks, out, logsumexp)
 
 
 def _backward(ring: Ring, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
-    mask = saved[3]
-    gradients = jax.shard_map(
-        functools.partial(_ring_backward, ring=ring),
-        mesh=ring.mesh,
-        in_specs=(ring.heads, ring.heads, ring.heads, ring.mask(mask, ring.axis), ring.heads, ring.heads, ring.heads),
-        out_specs=(ring.heads, ring.heads, ring.heads),
-        check_vma=False,
-    )(*saved, d_out)
-    return *gradients, None  # a mask has no gradient
+    query, key, value, mask, sinks, out, logsumexp = saved
+    delta = (at_least_float32(out) * at_least_float32(d_out)).sum(-1, keepdims=True)  # sum over keys of p * dp
+    specs = (*[ring.heads] * 3, ring.mask(mask, ring.axis), *[ring.heads] * 3)
+    run = ring.run(functools.partial(_ring_backward, ring=ring), specs, (ring.heads,) * 3)
+    gradients = run(query, key, value, mask, d_out, logsumexp, delta)
+    return *gradients, None, _sinks_gradient(sinks, logsumexp, delta)  # a mask has no gradient
+
+
+def _sinks_gradient(sinks: jax.Array | None, logsumexp: jax.Array, delta: jax.Array) -> jax.Array | None:
+    """p * (dp - delta) of the sinks' own probability p, where dp is 0: they hold no value. XLA adds up the devices'."""
+    if sinks is None:
+        return None
+    p = jnp.exp(sinks.astype(logsumexp.dtype)[None, None, :, None] - logsumexp)
+    return -(p * delta).sum((0, 1, 3)).astype(sinks.dtype)
 
 
 _ring.defvjp(_forward, _backward)
@@ -241,7 +215,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _ring_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, *, ring: Ring
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, sinks: jax.Array | None, *, ring: Ring
 ) -> tuple[jax.Array, jax.Array]:
     """On one device: its queries against every block of keys. Returns out (b, t, n, h) and logsumexp (b, t, n, 1)."""
     tile, key_tile = (_tile_length(x.shape[1], ring.tile) for x in (query, key))
@@ -251,8 +225,12 @@ def _ring_forward(
     block = (key_places, _tiled(key, kv_heads, key_tile), _tiled(value, kv_heads, key_tile))
 
     wide = at_least_float32(queries[1])
-    lowest = jnp.full_like(wide[..., :1], jnp.finfo(wide.dtype).min)
-    state = (jnp.zeros_like(wide), jnp.zeros_like(lowest), lowest)
+    peak = jnp.full_like(wide[..., :1], jnp.finfo(wide.dtype).min)
+    weight = jnp.zeros_like(peak)
+    if sinks is not None:  # keys that every query has already seen, of weight exp(sink - peak) = 1
+        sinks = jnp.broadcast_to(sinks.astype(wide.dtype)[None, None, :, None], (*query.shape[:3], 1))
+        peak, weight = _tiled(sinks, kv_heads, tile), jnp.ones_like(peak)
+    state = (jnp.zeros_like(wide), weight, peak)
 
     def attend(state: Any, block: Any) -> Any:
         """The running softmax of all queries, with one more block of keys."""
@@ -286,9 +264,9 @@ def _ring_backward(
     key: jax.Array,
     value: jax.Array,
     mask: AttentionMask,
-    out: jax.Array,
-    logsumexp: jax.Array,
     d_out: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
     *,
     ring: Ring,
 ) -> tuple[jax.Array, ...]:
@@ -296,7 +274,6 @@ def _ring_backward(
     tile, key_tile = (_tile_length(x.shape[1], ring.tile) for x in (query, key))
     kv_heads = key.shape[2]
     query_places, key_places = _tiled_places(mask, tile, key_tile)
-    delta = (at_least_float32(out) * at_least_float32(d_out)).sum(-1, keepdims=True)  # sum over keys of p * dp
     queries = (query_places, *(_tiled(x, kv_heads, tile) for x in (query, d_out, logsumexp, delta)))
     block = (key_places, _tiled(key, kv_heads, key_tile), _tiled(value, kv_heads, key_tile))
 
@@ -350,6 +327,7 @@ def _where_seen(
         groups = queries[1].shape[2] // seen.shape[1]
         return update(sums, queries[1:], keys[1:], jnp.repeat(seen, groups, axis=1)[:, None], softcap)
 
+    # Under vmap the condition becomes a selection: all tiles are worked out, and the result is the same.
     return jax.lax.cond(seen.any(), run, lambda sums, *_: sums, sums, seen, queries, keys)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -18,6 +19,7 @@ class AttentionMask:
       key_segments: (B, S) int32 or None.
       causal: query t sees keys with key_index <= query_index.
       window: if not 0, query t sees only the last `window` keys up to and including its own place.
+      in_order: both indices are known to be 0, 1, 2, ...: some back ends count places themselves.
     """
 
     query_index: jax.Array
@@ -26,6 +28,15 @@ class AttentionMask:
     key_segments: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int = dataclasses.field(default=0, metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def check_in_order(self) -> None:
+        """For back ends that count places themselves: raises ValueError where they would count other ones."""
+        if not self.in_order:
+            raise ValueError(
+                "This attention takes tokens to stand in order, and its mask does not say that they do (AttentionMask."
+                "in_order). Use reference attention, or ring attention, which go by the places in the mask."
+            )
 
     def distance(self) -> jax.Array:
         """(1 or B, T, S) int32: how far each key lies behind its query (negative: ahead)."""
@@ -46,7 +57,15 @@ class AttentionMask:
         return seen
 
 
-def causal_mask(length: int, segment_ids: jax.Array | None = None, window: int = 0) -> AttentionMask:
-    """The mask of a decoder over whole rows of `length` tokens, packed ones where `segment_ids` (B, T) are given."""
-    index = jnp.arange(length)
-    return AttentionMask(index, index, segment_ids, segment_ids, window=window)
+def causal_mask(
+    length: int, segment_ids: jax.Array | None = None, window: int = 0, order: np.ndarray | None = None
+) -> AttentionMask:
+    """The mask of a decoder over whole rows of `length` tokens.
+
+    Args:
+      segment_ids: (B, T) int32 of packed rows, as the tokens stand; None: one document a row.
+      window: as in AttentionMask.
+      order: (T,), the place of each token in its row, where tokens do not stand in order (`context.zigzag_order`).
+    """
+    index = jnp.arange(length) if order is None else jnp.asarray(order, jnp.int32)
+    return AttentionMask(index, index, segment_ids, segment_ids, window=window, in_order=order is None)

@@ -6,11 +6,13 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llm_jax.config import DecoderConfig
-from llm_jax.kernels.attention import AttentionOptions, select
+from llm_jax.kernels.attention import AttentionOptions, Kernel, select
+from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.layers import Linear, Norm, dropout, linear_init
+from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -22,6 +24,59 @@ def head_dim(cfg: DecoderConfig) -> int:
 
 def num_kv_heads(cfg: DecoderConfig) -> int:
     return cfg.num_kv_heads or cfg.num_heads
+
+
+def choose_kernel(
+    cfg: DecoderConfig,
+    layout: Layout,
+    *,
+    segments: bool,
+    length: int,
+    dtype: str,
+    dropout: bool,
+    platform: str,
+    cache: bool = False,
+) -> Kernel:
+    """The attention back end of a model: of `cfg.attention_kernel`, or the fastest that can do what is asked.
+
+    It looks at no device, so it also tells when a config is read (with `sharding.abstract_layout`).
+
+    Args:
+      segments: rows are packed.
+      length: tokens of a row; 0: not known.
+      dtype: of queries, keys and values: `precision.compute`.
+      dropout: of probabilities: in training, where cfg.dropout.attention is not 0.
+      platform: cpu, gpu or tpu.
+      cache: decoding, for which the fastest is taken whatever `cfg.attention_kernel` says.
+
+    Raises:
+      ConfigError: the back end of that name cannot do it, with all that it lacks.
+    """
+    options = AttentionOptions(
+        segments=segments,
+        window=bool(cfg.sliding_window),
+        bias=cfg.positions == "relative",
+        dropout=dropout,
+        softcap=cfg.attention_softcap,
+        sinks=cfg.attention_sinks,
+        cache=cache,
+        dtype=dtype,
+        head_dim=head_dim(cfg),
+        heads=cfg.num_heads,
+        kv_heads=num_kv_heads(cfg),
+        length=length,
+        length_parts=layout.activation_pieces("length"),
+        head_parts=layout.activation_pieces("heads"),
+        kv_head_parts=layout.activation_pieces("kv_heads"),
+    )
+    return select("auto" if cache else cfg.attention_kernel, options, platform)
+
+
+def platform(layout: Layout) -> str:
+    """cpu, gpu or tpu: of the mesh's devices, which need not be this machine's, or where there is none, JAX's own."""
+    if isinstance(layout.mesh, Mesh):
+        return layout.mesh.devices.flat[0].platform
+    return jax.default_backend()
 
 
 @jax.tree_util.register_dataclass
@@ -82,19 +137,25 @@ class Attention(nn.Module):
         if cache_length:
             key, value = self._cached(key, value, mask.query_index, cache_length)
 
-        options = AttentionOptions(
+        sinks = None
+        if cfg.attention_sinks:
+            sinks = self.param("sinks", named(nn.initializers.zeros, "heads"), (heads,), self.precision.params)
+        starting = self.is_initializing()  # on one row of one token, which no mesh splits
+        kernel = choose_kernel(
+            cfg,
+            self.layout,
             segments=mask.query_segments is not None,
-            window=bool(mask.window),
-            bias=shared.bias is not None,
-            dropout=drop is not None,
-            softcap=cfg.attention_softcap,
-            split_length=self.layout.activation_pieces("length") > 1,
-            cache=bool(cache_length),
+            length=0 if starting else x.shape[1],
             dtype=query.dtype.name,
-            head_dim=size,
+            dropout=drop is not None,
+            cache=bool(cache_length),
+            platform=platform(self.layout),
         )
-        kernel = select("auto" if cache_length else cfg.attention_kernel, options, jax.default_backend())
-        out = kernel.attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop)
+        terms = dict(softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop, sinks=sinks)
+        if starting:
+            out = reference_attention(query, key, value, mask, **terms)
+        else:
+            out = kernel.attend(query, key, value, mask, layout=self.layout, **terms)
 
         out = self.layout(out, "batch", "length", "heads", "head_dim")
         out = out.reshape(*x.shape[:-1], heads * size)
