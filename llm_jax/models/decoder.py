@@ -1,7 +1,7 @@
 """The decoder-only language model: embed, blocks, norm, head."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
+from llm_jax.kernels.experts import Routing
 from llm_jax.kernels.masks import AttentionMask, causal_mask
 from llm_jax.models.attention import Shared, head_dim
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
@@ -41,7 +42,7 @@ class TokenLosses(NamedTuple):
     loss: jax.Array
     log_z: jax.Array
     correct: jax.Array
-    routing: Any
+    routing: Routing | None
 
 
 class Decoder(nn.Module):
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
         rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         cache_length: int = 0,
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    ) -> tuple[jax.Array, jax.Array, Routing | None]:
         """All but the product with the head.
 
         Args:

@@ -18,7 +18,8 @@ class Flops:
     """Model FLOPs of training on one token (forward plus twice that backward), attention counted causally.
 
     Attributes:
-      matrices: 6 a parameter that takes part in a product (linear layers and head; a tied table counts as the head).
+      matrices: 6 a parameter that takes part in a product (linear layers and head; a tied table counts as the head; of
+        experts, the top_k that a token goes to).
       attention: 12 a layer, query entry and visible key: scores and weighted sum.
     """
 
@@ -43,9 +44,9 @@ def training_flops(cfg: DecoderConfig, shapes: Any, axes: Any, length: int) -> F
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads")}  # looked up, not multiplied
     matrices = sum(
-        leaf.size
+        leaf.size * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
         for leaf, axis in zip(leaves, names, strict=True)
-        if axis not in tables and sum(name != "layers" for name in axis) >= 2
+        if axis not in tables and sum(name not in ("layers", "expert") for name in axis) >= 2
     )
     if cfg.tie_embeddings:
         matrices += sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))

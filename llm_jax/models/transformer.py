@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.elementwise import gelu
+from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
+from llm_jax.models.moe import MoE
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -76,7 +78,7 @@ class Block(nn.Module):
     cache_length: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Routing | None]:
         """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
         attention = Attention(*parts, name="attention")
@@ -88,8 +90,12 @@ class Block(nn.Module):
             y = attention(x, keys[0], shared, cache_length=self.cache_length)
             return self._drop(y, cfg.dropout.attention_output, keys[1], shared.rows)
 
-        def feed_forward(x: jax.Array) -> tuple[jax.Array, Any]:
-            y, routing = MLP(*parts, name="mlp")(x), None
+        def feed_forward(x: jax.Array) -> tuple[jax.Array, Routing | None]:
+            if cfg.moe.num_experts:
+                mask, drop = shared.mask, not self.cache_length
+                y, routing = MoE(*parts, name="moe")(x, mask.query_segments, places=mask.query_index, drop=drop)
+            else:
+                y, routing = MLP(*parts, name="mlp")(x), None
             return self._drop(y, cfg.dropout.mlp_output, keys[2], shared.rows), routing
 
         if cfg.norm_placement == "pre":
@@ -116,7 +122,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, key: jax.Array | None, shared: Shared, *, cache_length: int = 0
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Routing | None]:
         """x after all blocks, and the sum of their routing statistics."""
         cfg = self.cfg
         block = Block

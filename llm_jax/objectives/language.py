@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.config import Config
+from llm_jax.config import Config, MoEConfig
 from llm_jax.models.decoder import TokenLosses
 from llm_jax.models.registry import Model
 
@@ -26,18 +26,38 @@ class LanguageObjective:
     label_smoothing: float = 0.0
     segments: bool = True  # rows hold several documents; without, masks are plain causal ones
     chunk: int = 0  # tokens of a row whose logits exist at a time; 0: all
+    moe: MoEConfig = MoEConfig()  # its terms are means over real tokens and layers
+    num_layers: int = 1
 
     @classmethod
     def make(cls, cfg: Config) -> "LanguageObjective":
-        return cls(cfg.train.z_loss, cfg.train.label_smoothing, cfg.data.mask_documents, cfg.train.loss_chunk)
+        train, model = cfg.train, cfg.model
+        segments = cfg.data.mask_documents
+        return cls(train.z_loss, train.label_smoothing, segments, train.loss_chunk, model.moe, model.num_layers)
 
     def coefficients(self) -> dict[str, float]:
-        return {"loss": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
+        """Of each term that is reported; the loss is the sum of those times their means."""
+        coefficients = {"loss": 1.0}
+        if self.z_loss:
+            coefficients["z_loss"] = self.z_loss
+        if self.moe.num_experts:
+            coefficients |= {"router_balance": self.moe.balance_loss, "router_z": self.moe.router_z_loss}
+            coefficients |= {"router_dropped": 0.0}
+        return coefficients
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Each term's weight over this batch, scalar float32."""
-        total = batch["loss_weights"].sum()
-        return {name: total for name in self.coefficients()}
+        predicted = batch["loss_weights"].sum()
+        real = (batch["segment_ids"] != 0).sum() if self.segments else batch["tokens"].size
+        routed = jnp.asarray(real, predicted.dtype) * self.num_layers
+        weights = {
+            "loss": predicted,
+            "z_loss": predicted,
+            "router_balance": routed,
+            "router_z": routed,
+            "router_dropped": routed * self.moe.top_k,
+        }
+        return {name: weights[name] for name in self.coefficients()}
 
     def sums(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Each term's sum over this batch, scalar."""
@@ -45,6 +65,8 @@ class LanguageObjective:
         sums = {"loss": (found.loss * batch["loss_weights"]).sum()}
         if self.z_loss:
             sums["z_loss"] = (jnp.square(found.log_z) * batch["loss_weights"]).sum()
+        if found.routing is not None:
+            sums |= {f"router_{name}": values.sum() for name, values in found.routing._asdict().items()}
         return sums
 
     def evaluation(self, model: Model, params: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -54,7 +54,7 @@ def gradients(
     def loss(params: Any, micro: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         sums = objective.sums(model, params, micro, dropout_key)
         terms = {name: value / weights[name] for name, value in sums.items()}
-        return sum(coefficients[name] * value for name, value in terms.items()), terms
+        return sum(coefficients[name] * value for name, value in terms.items() if coefficients[name]), terms
 
     shardings = layout.parameter_shardings(model.shapes(), model.axes(), layout.gradient_rules)
 
