@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.config import MoEConfig
 from llm_jax.kernels.cross_entropy import cross_entropy
+from llm_jax.kernels.experts import Routing
 from llm_jax.models.decoder import TokenLosses
 from llm_jax.objectives.language import LanguageObjective
 
@@ -71,13 +73,14 @@ def test_gradient_is_finite_with_impossible_ids(smoothing):
 
 # ------------------------------------------------------------------------------------------------- the terms
 
-def token_losses(logits, tokens, targets, *places, label_smoothing, chunk, dropout_key, method):
+def token_losses(logits, tokens, targets, *places, rows, label_smoothing, chunk, dropout_key, method):
     """A model whose parameters are the logits."""
     assert method == "token_losses" and chunk == 0
     return TokenLosses(*cross_entropy(logits, jnp.asarray(targets), label_smoothing), logits.argmax(-1) == targets)
 
 
 MODEL = SimpleNamespace(apply=token_losses)
+ROUTING = Routing(balance=jnp.array([3.0, 5.0]), z=jnp.array([1.0, 2.0]), dropped=jnp.array([0.0, 4.0]))
 
 
 def batch(weights=WEIGHTS):
@@ -142,3 +145,23 @@ def test_evaluation_is_plain_cross_entropy(x64):
         np.testing.assert_allclose(found["nats"], nats, rtol=1e-12)
         assert float(found["tokens"]) == 4.5 and float(found["correct"]) == correct and float(found["bytes"]) == 10
     assert "bytes" not in LanguageObjective().evaluation(MODEL, jnp.asarray(LOGITS), batch())
+
+
+def test_routing_terms_are_means_over_real_tokens_and_layers():
+    """3 real tokens of 6, in 5 layers; the share dropped is of each token's 2 choices, and weighs nothing."""
+    model = SimpleNamespace(apply=lambda *args, **options: token_losses(*args, **options)._replace(routing=ROUTING))
+    moe = MoEConfig(num_experts=4, top_k=2, balance_loss=0.01, router_z_loss=1e-3)
+    objective = LanguageObjective(moe=moe, num_layers=5)
+    assert objective.coefficients() == {
+        "loss": 1.0, "router_balance": 0.01, "router_z": 1e-3, "router_dropped": 0.0
+    }  # fmt: skip
+    packed = batch() | {"segment_ids": np.array([[1, 2, 0], [1, 0, 0]], np.int32)}
+    weights = objective.weights(packed)
+    assert {name: float(weight) for name, weight in weights.items()} == {
+        "loss": 4.5, "router_balance": 15.0, "router_z": 15.0, "router_dropped": 30.0
+    }  # fmt: skip
+    sums = objective.sums(model, jnp.asarray(LOGITS), packed, None)
+    assert sums.keys() == weights.keys()
+    assert [float(sums[f"router_{name}"]) for name in ("balance", "z", "dropped")] == [8.0, 3.0, 4.0]
+    whole_rows = LanguageObjective(moe=moe, segments=False).weights(packed)
+    assert float(whole_rows["router_z"]) == 6.0

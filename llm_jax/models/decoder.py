@@ -42,7 +42,7 @@ class TokenLosses(NamedTuple):
     loss: jax.Array
     log_z: jax.Array
     correct: jax.Array
-    routing: Routing | None
+    routing: Routing | None = None
 
 
 class Decoder(nn.Module):
