@@ -12,23 +12,24 @@ does not fit them.
 
 GIB, GB = 2**30, 10**9
 
-# Bandwidths are bytes/s that one chip sends while it receives as many: `fast` over all its links inside a slice or
-# node, `slow` between slices or nodes. `flops` is dense bfloat16. All of a chip; `devices` is how many JAX sees of it.
-# Sources: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of Google Cloud's documentation (half of the
-# bidirectional figure), for v4's links Jouppi et al. 2023 (arXiv 2304.01433, 6 of 50 GB/s), and NVIDIA's data sheets of
-# the cards and of the DGX systems (NVLink: half of the bidirectional figure; one network card of 200 or 400 Gbit/s a GPU).
+# Of a chip: dense bfloat16 FLOP/s; bytes of memory; bytes/s that it sends while it receives as many, `fast` over all
+# its links inside a slice or node, `slow` between slices or nodes. Sources: the pages "TPU v4", "TPU v5e", "TPU v5p",
+# "TPU v6e" and "TPU7x" of Google Cloud's documentation (half of the bidirectional figure; v4's links from Jouppi et al.
+# 2023, arXiv 2304.01433: 6 of 50 GB/s; no figure is given between v4 slices), and NVIDIA's data sheets of the cards and
+# of the DGX systems (NVLink: half of the bidirectional figure; between nodes one card of 200 or 400 Gbit/s a GPU).
+COLUMNS = ("kind", "flops", "hbm", "fast", "slow", "cores", "devices", "node")
 MACHINES = {
-    # Google gives no bandwidth between v4 slices; a v4 chip shows as two devices or, by its mode, as one.
-    "v4": dict(kind="TPU v4", flops=275e12, hbm=32 * GIB, fast=300 * GB, slow=0, cores=2, devices=2, domain=0),
-    "v5e": dict(kind="TPU v5 lite", flops=197e12, hbm=16 * GB, fast=200 * GB, slow=3.125 * GB, cores=1, devices=1, domain=0),
-    "v5p": dict(kind="TPU v5", flops=459e12, hbm=95 * GIB, fast=600 * GB, slow=6.25 * GB, cores=2, devices=1, domain=0),
-    "v6e": dict(kind="TPU v6 lite", flops=918e12, hbm=32 * GIB, fast=400 * GB, slow=12.5 * GB, cores=1, devices=1, domain=0),
-    "tpu7x": dict(kind="TPU7x", flops=2307e12, hbm=192 * GIB, fast=600 * GB, slow=12.5 * GB, cores=2, devices=2, domain=0),
-    "a100": dict(kind="NVIDIA A100", flops=312e12, hbm=80 * GB, fast=300 * GB, slow=25 * GB, devices=1, domain=8),
-    "h100": dict(kind="NVIDIA H100 80GB HBM3", flops=989e12, hbm=80 * GB, fast=450 * GB, slow=50 * GB, devices=1, domain=8),
-    "h200": dict(kind="NVIDIA H200", flops=989e12, hbm=141 * GB, fast=450 * GB, slow=50 * GB, devices=1, domain=8),
-    "b200": dict(kind="NVIDIA B200", flops=2250e12, hbm=180 * GB, fast=900 * GB, slow=50 * GB, devices=1, domain=8),
-}  # fmt: skip
+    # kind as JAX says it, TensorCores a chip (0: a GPU), devices that JAX sees of a chip, GPUs of a node
+    "v4": ("TPU v4", 275e12, 32 * GIB, 300 * GB, 0, 2, 2, 0),  # or one device a chip, by its mode
+    "v5e": ("TPU v5 lite", 197e12, 16 * GB, 200 * GB, 3.125 * GB, 1, 1, 0),
+    "v5p": ("TPU v5", 459e12, 95 * GIB, 600 * GB, 6.25 * GB, 2, 1, 0),
+    "v6e": ("TPU v6 lite", 918e12, 32 * GIB, 400 * GB, 12.5 * GB, 1, 1, 0),
+    "tpu7x": ("TPU7x", 2307e12, 192 * GIB, 600 * GB, 12.5 * GB, 2, 2, 0),
+    "a100": ("NVIDIA A100", 312e12, 80 * GB, 300 * GB, 25 * GB, 0, 1, 8),
+    "h100": ("NVIDIA H100 80GB HBM3", 989e12, 80 * GB, 450 * GB, 50 * GB, 0, 1, 8),
+    "h200": ("NVIDIA H200", 989e12, 141 * GB, 450 * GB, 50 * GB, 0, 1, 8),
+    "b200": ("NVIDIA B200", 2250e12, 180 * GB, 900 * GB, 50 * GB, 0, 1, 8),
+}
 
 EXAMPLES = "v4-128, v5e-256, v5p-64, v6e-256, tpu7x-128, v5e-256x4 (four slices), a100x8, h100x64, h200x8, b200x8"
 
@@ -46,19 +47,18 @@ def machine(name: str) -> dict:
     if not dash:
         family, _, size = name.partition("x")
     count, times, slices = size.partition("x")
-    chip = MACHINES.get(family)
+    chip = dict(zip(COLUMNS, MACHINES.get(family, ()), strict=False))
     numbers = (count, slices) if times else (count,)
-    if chip is None or bool(dash) != ("cores" in chip) or not all(n.isdigit() and int(n) for n in numbers):
+    if not chip or bool(dash) != bool(chip["cores"]) or not all(n.isdigit() and int(n) for n in numbers):
         raise ValueError(f"there is no machine {name!r}; give one of {', '.join(MACHINES)} with its size: {EXAMPLES}")
-    if dash:
-        unit = chip["cores"] // chip["devices"]
+    if chip["cores"]:
         if int(count) % chip["cores"]:
             raise ValueError(f"machine {name!r}: the number counts TensorCores, two a chip; give an even one")
-        domain, domains = int(count) // unit, int(slices or 1)
+        domain, domains = int(count) // chip["cores"] * chip["devices"], int(slices or 1)
     else:
-        domain = min(int(count), chip["domain"])
+        domain = min(int(count), chip["node"])
         if times or int(count) % domain:
-            raise ValueError(f"machine {name!r}: GPUs come in nodes of {chip['domain']}; give a multiple, as h100x64")
+            raise ValueError(f"machine {name!r}: GPUs come in nodes of {chip['node']}; give a multiple, as h100x64")
         domains = int(count) // domain
     facts = {key: chip[key] / chip["devices"] for key in ("flops", "hbm", "fast", "slow")}
     return facts | {"name": name, "domain": domain, "domains": domains, "devices": domain * domains}
@@ -84,17 +84,17 @@ def parameters(size: dict) -> int:
 # ----------------------------------------------------------------------------------------- arithmetic intensity
 
 
-def fsdp_tokens(facts: dict, size: dict, *, expert: int = 1, slow: bool = False) -> float:
+def fsdp_tokens(facts: dict, size: dict, *, expert: int = 1, tensor: int = 1, slow: bool = False) -> float:
     """Tokens a device must work on at a time so that gathering sharded weights is hidden behind products.
 
     A matrix of P weights costs 2 P FLOPs a token and 2 P bytes (bfloat16) to gather: tokens > flops / bandwidth. The
-    backward pass does twice the products, and gathers again and scatters the gradients: the same. With `slow`, shards
-    lie in several slices or nodes, and each of these takes in the matrix once, over the links of all its devices.
-    Where a token meets k of E experts, split over Y devices, E / (Y k) times as many tokens.
+    backward pass does twice the products, and gathers again and scatters the gradients: the same. A tensor axis divides
+    what a device gathers, and so does an expert axis; a token meets k of the E experts that move. With `slow`, shards
+    lie in several slices or nodes, and each takes in all weights once, over the links of all its devices.
     """
-    bandwidth = min(facts["fast"], facts["slow"] * facts["domain"]) if slow else facts["fast"]
-    weights = size["experts"] / (expert * size["top_k"]) if size["experts"] else 1
-    return facts["flops"] / bandwidth * max(weights, 1)
+    met = size["experts"] / size["top_k"] if size["experts"] else 1
+    inside = facts["flops"] / facts["fast"] * max(met / expert, 1) / tensor
+    return max(inside, facts["flops"] / (facts["slow"] * facts["domain"]) * met) if slow else inside
 
 
 def data_tokens(facts: dict) -> float:
@@ -109,7 +109,8 @@ def data_tokens(facts: dict) -> float:
 def tensor_limit(facts: dict, size: dict) -> float:
     """The largest tensor axis at which the MLP's products hide the movement of activations.
 
-    A gated MLP costs 6 D F / Y FLOPs a token and device, and gathers and scatters 2 D bytes each: Y < 1.5 F / (flops / bandwidth).
+    A gated MLP costs 6 D F / Y FLOPs a token and device, and gathers and scatters 2 D bytes each:
+    Y < 1.5 F bandwidth / flops.
     """
     return 1.5 * size["mlp"] * facts["fast"] / facts["flops"]
 
@@ -154,10 +155,10 @@ def row_bytes(size: dict, tensor: int) -> float:
 def fit(name: str, size: dict, rows: int) -> dict:
     """Mesh sizes and accumulation for a model on a machine.
 
-    Parameters are sharded (fsdp) inside a slice or node and copied between them (data) where their state takes at most
-    half of the memory, else sharded over all devices. Experts get the expert axis, inside the slice or node. Tensor
-    parallelism comes only where a row is too large for a device, or there are more devices than rows. The batch is cut
-    into the fewest micro-batches that fit.
+    Parameters are sharded (fsdp) inside a slice or node and copied between them (data) where their state takes at
+    most half of the memory, else sharded over all devices. Experts get the expert axis, inside the slice or node.
+    Tensor parallelism comes only where a row is too large for a device, or there are more devices than rows. The batch
+    is cut into the fewest micro-batches that fit.
 
     Args:
       name: of the machine; "" for any: all devices shard the parameters.
@@ -181,16 +182,17 @@ def fit(name: str, size: dict, rows: int) -> dict:
     while tensor <= common_power(size["kv_heads"], facts["domain"] // expert):
         batch_shards = facts["devices"] // tensor
         rows_a_device = rows // batch_shards
-        fitting = [r for r in range(1, rows_a_device + 1) if not rows_a_device % r and r * row_bytes(size, tensor) <= room]
+        divisors = [n for n in range(1, rows_a_device + 1) if not rows_a_device % n]
+        fitting = [n for n in divisors if n * row_bytes(size, tensor) <= room]
         if fitting and not rows % batch_shards:
-            return {
-                "mesh": mesh_keys(facts, shards, expert, tensor),
-                "train": dict(accumulation=rows_a_device // fitting[-1]),
-            }
+            mesh = mesh_keys(facts, shards, expert, tensor)
+            return {"mesh": mesh, "train": dict(accumulation=rows_a_device // fitting[-1])}
         tensor *= 2
     raise ValueError(
-        f"machine {name!r} is too small: {parameters(size) / 1e9:.1f}B parameters take {state / shards / GIB:.0f} GiB of "
-        f"each device's {facts['hbm'] / GIB:.0f}, and {rows} rows of {size['length']} tokens do not fit beside them"
+        f"machine {name!r} does not hold this run: {parameters(size) / 1e9:.1f}B parameters take "
+        f"{state / shards / GIB:.0f} of each device's {facts['hbm'] / GIB:.0f} GiB, and {rows} rows of "
+        f"{size['length']} tokens do not split over its devices and fit beside them; give a larger machine, or set the "
+        "mesh by hand"
     )
 
 

@@ -199,7 +199,11 @@ def compile_one(spec: str, overrides: list[str]) -> dict:
     lowered = lower_step(cfg, layout)
     after = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_backend_optimization_level": 0}
+        options = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_pass_re": "spmd-partitioning",
+            "xla_backend_optimization_level": 0,
+        }
         if jax.__version_info__ < (0, 11):
             options["xla_cpu_use_fusion_emitters"] = False
         lowered.compile(compiler_options=options)

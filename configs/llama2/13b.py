@@ -15,6 +15,4 @@ from configs.llama2.common import llama2
 
 def get_config(machine: str = "") -> ConfigDict:
     """`machine`: as in configs/machines.py; "" for all devices there are, sharding the parameters."""
-    return llama2(
-        "13b", machine, layers=40, width=5_120, mlp=13_824, heads=40, kv_heads=40, learning_rate=3e-4
-    )
+    return llama2("13b", machine, layers=40, width=5_120, mlp=13_824, heads=40, kv_heads=40, learning_rate=3e-4)

@@ -15,6 +15,4 @@ from configs.llama2.common import llama2
 
 def get_config(machine: str = "") -> ConfigDict:
     """`machine`: as in configs/machines.py; "" for all devices there are, sharding the parameters."""
-    return llama2(
-        "70b", machine, layers=80, width=8_192, mlp=28_672, heads=64, kv_heads=8, learning_rate=1.5e-4
-    )
+    return llama2("70b", machine, layers=80, width=8_192, mlp=28_672, heads=64, kv_heads=8, learning_rate=1.5e-4)

@@ -15,6 +15,4 @@ from configs.llama2.common import llama2
 
 def get_config(machine: str = "") -> ConfigDict:
     """`machine`: as in configs/machines.py; "" for all devices there are, sharding the parameters."""
-    return llama2(
-        "7b", machine, layers=32, width=4_096, mlp=11_008, heads=32, kv_heads=32, learning_rate=3e-4
-    )
+    return llama2("7b", machine, layers=32, width=4_096, mlp=11_008, heads=32, kv_heads=32, learning_rate=3e-4)

@@ -12,9 +12,7 @@ def llama2(
     name: str, machine: str, *, layers: int, width: int, mlp: int, heads: int, kv_heads: int, learning_rate: float
 ) -> ConfigDict:
     """The config of one size on a machine of configs/machines.py; "": all devices shard the parameters."""
-    size = model_size(
-        layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=kv_heads, vocab=32_000, length=CONTEXT
-    )
+    size = model_size(layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=kv_heads, vocab=32_000, length=CONTEXT)
     cfg = ConfigDict(
         dict(
             name=f"llama2_{name}",

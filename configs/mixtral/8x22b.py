@@ -1,4 +1,4 @@
-"""Mixtral 8x22B: 56 layers of 6,144, 8 experts of 16,384, 2 a token, 48 heads of 128, 8 for keys; 140,620,634,112 parameters.
+"""Mixtral 8x22B: 56 layers of 6,144, 8 experts of 16,384 (2 a token), 48 heads, 8 for keys; 140,620,634,112 parameters.
 
 Command    llm-jax train --config=mixtral/8x22b.py:h100x256 --config.data.path='train_*.bin'
 Data       token files with Mistral's vocabulary (32,000), held-out ones as data.validation_path

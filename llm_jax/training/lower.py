@@ -26,7 +26,8 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     steps = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
     tx = optim.make(cfg.optim, steps, model.shapes(), model.axes())
-    state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
+    ema = cfg.train.ema_decay > 0
+    state = train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)
     step = make_train_step(
         model,
         LanguageObjective.make(cfg),

@@ -1,0 +1,258 @@
+"""Published sizes are as published; meshes for machines are literal, and the guide's numbers are computed."""
+
+import mesh_tables
+import numpy as np
+import pytest
+
+from configs import machines
+from configs.machines import fit, machine
+from llm_jax import sharding
+from llm_jax.config import check, check_devices, config_names, load
+from llm_jax.errors import ConfigError
+from llm_jax.metrics.hardware import PEAK_FLOPS
+from llm_jax.models import registry
+from llm_jax.models.flops import training_flops
+from llm_jax.precision import Precision
+
+# layers, width, MLP, heads, key-value heads, vocabulary, parameters; rope base, longest context, learning rate,
+# tokens of a row and of a step
+PUBLISHED = {
+    # arXiv 2307.09288, table 1 and section 2.2
+    "llama2/7b": (32, 4096, 11_008, 32, 32, 32_000, 6_738_415_616, 1e4, 4096, 3e-4, 4096, 4_194_304),
+    "llama2/13b": (40, 5120, 13_824, 40, 40, 32_000, 13_015_864_320, 1e4, 4096, 3e-4, 4096, 4_194_304),
+    "llama2/70b": (80, 8192, 28_672, 64, 8, 32_000, 68_976_648_192, 1e4, 4096, 1.5e-4, 4096, 4_194_304),
+    # arXiv 2407.21783, table 3 and section 3.4; the batch is published for 405B alone
+    "llama3/8b": (32, 4096, 14_336, 32, 8, 128_256, 8_030_261_248, 5e5, 131_072, 3e-4, 8192, 8_388_608),
+    "llama3/70b": (80, 8192, 28_672, 64, 8, 128_256, 70_553_706_496, 5e5, 131_072, 1.5e-4, 8192, 8_388_608),
+    "llama3/405b": (126, 16_384, 53_248, 128, 8, 128_256, 405_853_388_800, 5e5, 131_072, 8e-5, 8192, 16_777_216),
+    # arXiv 2401.04088, table 1, and config.json; batch and learning rate are not published
+    "mixtral/8x7b": (32, 4096, 14_336, 32, 8, 32_000, 46_702_792_704, 1e6, 32_768, 3e-4, 4096, 4_194_304),
+    "mixtral/8x22b": (56, 6144, 16_384, 48, 8, 32_000, 140_620_634_112, 1e6, 65_536, 1.5e-4, 4096, 4_194_304),
+}
+ACTIVE = {"mixtral/8x7b": 12_879_925_248, "mixtral/8x22b": 39_152_031_744}  # two of eight experts: "13B", "39B"
+
+
+def built(spec: str):
+    cfg = load(spec)
+    check(cfg)
+    model = registry.build(cfg.model, sharding.Layout(), Precision.make(cfg.precision))
+    return cfg, model
+
+
+def test_every_published_size_is_in_the_table():
+    assert {name for name in config_names() if name.partition("/")[0] in ("llama2", "llama3", "mixtral")} == {
+        *PUBLISHED
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_as_published(name):
+    layers, width, mlp, heads, kv_heads, vocab, parameters, base, context, rate, length, batch = PUBLISHED[name]
+    cfg, model = built(name)
+    found = cfg.model
+    assert (found.num_layers, found.embed_dim, found.mlp_dim) == (layers, width, mlp)
+    assert (found.num_heads, found.num_kv_heads, found.vocab_size) == (heads, kv_heads, vocab)
+    assert width // heads == 128 and not found.head_dim
+    assert (found.rope.base, found.max_length, found.norm_eps) == (base, context, 1e-5)
+    assert (found.norm, found.activation, found.bias, found.tie_embeddings) == ("rmsnorm", "swiglu", "none", False)
+    assert registry.count_parameters(model.shapes()) == parameters
+    assert cfg.optim.learning_rate == rate and cfg.data.sequence_length == length
+    assert cfg.train.global_batch_size * length == batch
+    assert (cfg.optim.beta1, cfg.optim.beta2, cfg.optim.weight_decay, cfg.optim.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+
+
+def test_llama3_rotates_as_the_released_3_1():
+    """A head's slowest pair turns 8 times slower than unscaled, the fastest as before (the model card's scaling)."""
+    from llm_jax.models.positions import rotary_frequencies
+
+    frequencies, _ = rotary_frequencies(load("llama3/8b").model.rope, 128)
+    plain = 500_000.0 ** (-np.arange(0, 128, 2) / 128)
+    assert frequencies[0] == plain[0] == 1 and frequencies[-1] == pytest.approx(plain[-1] / 8)
+    # LLaMA 3 of April 2024
+    changes = ["model.rope.scaling=none", "model.rope.factor=1", "model.max_length=8192"]
+    cfg = load("llama3/8b", changes)
+    check(cfg)
+    assert rotary_frequencies(cfg.model.rope, 128)[0] == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_meets_two_of_eight_experts(name):
+    """6 FLOPs for each parameter that a token meets in a product: all but the embedding table and the norms."""
+    cfg, model = built(name)
+    moe = cfg.model.moe
+    assert (moe.num_experts, moe.top_k, moe.renormalize) == (8, 2, True)
+    norms = (2 * cfg.model.num_layers + 1) * cfg.model.embed_dim
+    table = cfg.model.vocab_size * cfg.model.embed_dim
+    flops = training_flops(cfg.model, model.shapes(), model.axes(), 4096)
+    assert flops.matrices == 6 * (ACTIVE[name] - norms - table)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_preset_counts_what_the_model_has(name):
+    assert machines.parameters(size_of(name)) == PUBLISHED[name][6]
+
+
+def size_of(name: str) -> dict:
+    layers, width, mlp, heads, kv_heads, vocab, *_, length, _ = PUBLISHED[name]
+    experts = dict(experts=8, top_k=2) if name.startswith("mixtral") else {}
+    return machines.model_size(layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=kv_heads, vocab=vocab,
+                               length=length, **experts)  # fmt: skip
+
+
+def test_the_guides_classes_are_the_shipped_sizes():
+    shipped = {"8B": "llama3/8b", "70B": "llama3/70b", "405B": "llama3/405b", "8x7B": "mixtral/8x7b"}
+    for kind, name in shipped.items():
+        assert mesh_tables.CLASSES[kind] == (size_of(name), load(name).train.global_batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------- machines
+
+
+def test_machines_agree_with_the_table_of_peaks():
+    for name, row in machines.MACHINES.items():
+        chip = dict(zip(machines.COLUMNS, row, strict=True))
+        assert PEAK_FLOPS[chip["kind"]] == (chip["flops"], chip["devices"]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "domain"),
+    [("v5p-64", 32, 32), ("v5e-256", 256, 256), ("v5e-256x4", 1024, 256), ("tpu7x-128", 128, 128), ("v4-128", 128, 128),
+     ("v5p-64x2", 64, 32), ("h100x8", 8, 8), ("h100x64", 64, 8), ("a100x4", 4, 4)],
+)  # fmt: skip
+def test_a_machines_name_says_how_many(name, devices, domain):
+    found = machine(name)
+    assert (found["devices"], found["domain"]) == (devices, domain)
+
+
+@pytest.mark.parametrize(
+    "name", ["v5q-64", "h100", "h100-8", "v5px8", "v5p-", "v5p-0", "v5p-6x", "v5p-2x2x2", "x", "v5p-64 "]
+)
+def test_an_unknown_machine_is_refused_with_the_list(name):
+    with pytest.raises(ConfigError, match=r"no machine .*v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200.*v5p-64"):
+        load(f"llama3/8b:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"), [("v5p-63", "TensorCores, two a chip"), ("h100x12", "nodes of 8"), ("h100x8x2", "nodes of 8")]
+)
+def test_half_a_chip_or_node_is_refused(name, match):
+    with pytest.raises(ConfigError, match=match):
+        load(f"llama3/8b:{name}")
+
+
+def test_a_machine_that_is_too_small_is_refused():
+    with pytest.raises(ConfigError, match="405.9B parameters take 756 of each device's 75 GiB"):
+        load("llama3/405b:h100x8")
+
+
+@pytest.mark.parametrize(
+    ("spec", "mesh", "accumulation"),
+    [
+        ("llama3/8b:h100x8", dict(data=1, fsdp=8), 16),
+        ("llama3/8b:h100x64", dict(data=8, fsdp=8, across_slices=("data=8",)), 2),
+        ("llama3/8b:v5p-64", dict(data=1, fsdp=32), 2),
+        ("llama3/8b:v5e-256x4", dict(data=4, fsdp=256, across_slices=("data=4",)), 1),
+        ("llama3/70b:h100x64", dict(data=1, fsdp=64, across_slices=("fsdp=8",)), 8),
+        ("llama3/70b:v6e-64", dict(data=1, fsdp=32, tensor=2), 32),
+        ("llama3/405b:v6e-256", dict(data=1, fsdp=32, tensor=8), 64),
+        ("llama3/405b:v5p-1024", dict(data=1, fsdp=512), 4),
+        ("llama2/7b:a100x64", dict(data=8, fsdp=8, across_slices=("data=8",)), 1),
+        ("mixtral/8x7b:h100x64", dict(data=1, fsdp=8, expert=8, across_slices=("fsdp=8",)), 1),
+        ("mixtral/8x7b:v5p-64", dict(data=1, fsdp=4, expert=8), 2),
+        ("llama3/8b", dict(data=1, fsdp=-1), 1),
+    ],
+)
+def test_meshes_are_these(spec, mesh, accumulation):
+    cfg = load(spec)
+    found = {key: getattr(cfg.mesh, key) for key in ("data", "fsdp", "expert", "tensor", "across_slices")}
+    assert found == dict(data=1, fsdp=1, expert=1, tensor=1, across_slices=()) | mesh
+    assert cfg.train.accumulation == accumulation
+    assert cfg.mesh.activation_rules == (("residual_length=sequence+tensor",) if cfg.mesh.tensor > 1 else ())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("place", mesh_tables.NAMES)
+def test_a_preset_is_a_config_that_can_run(name, place):
+    """Every shipped size on every machine of the guide: a mesh that fits the devices and the batch, or a refusal."""
+    try:
+        cfg = load(f"{name}:{place}")
+    except ConfigError as error:
+        assert "does not hold this run" in str(error)
+        return
+    check(cfg)
+    check_devices(cfg, machine(place)["devices"])
+
+
+def test_what_is_left_of_the_memory_holds_the_activations():
+    """The presets' promise, from the state's bytes and the rows'."""
+    for kind, (size, rows) in mesh_tables.CLASSES.items():
+        for place in mesh_tables.NAMES:
+            try:
+                found = fit(place, size, rows)
+            except ValueError:
+                continue
+            one, mesh = machine(place), found["mesh"]
+            shards = mesh["fsdp"] * mesh["expert"] * mesh["tensor"]
+            micro_rows = rows / (one["devices"] / mesh["tensor"]) / found["train"]["accumulation"]
+            used = 16 * machines.parameters(size) / shards + micro_rows * machines.row_bytes(size, mesh["tensor"])
+            assert micro_rows >= 1 and used <= 0.9 * one["hbm"], (kind, place)
+
+
+# ---------------------------------------------------------------------------------- the arithmetic, by hand
+
+
+def test_tokens_that_hide_the_weights():
+    h100, dense, mixed = machine("h100x64"), size_of("llama3/70b"), size_of("mixtral/8x7b")
+    assert machines.fsdp_tokens(h100, dense) == pytest.approx(989e12 / 450e9)  # 2 P t / flops = 2 P / bandwidth
+    assert machines.fsdp_tokens(h100, dense, slow=True) == pytest.approx(
+        989e12 / 400e9
+    )  # eight cards of 50 GB/s a node
+    assert machines.fsdp_tokens(h100, dense, tensor=4) == pytest.approx(989e12 / 450e9 / 4)
+    assert machines.fsdp_tokens(h100, mixed) == pytest.approx(4 * 989e12 / 450e9)  # eight experts move, two are met
+    assert machines.fsdp_tokens(h100, mixed, expert=2) == pytest.approx(2 * 989e12 / 450e9)
+    assert machines.fsdp_tokens(h100, mixed, expert=8, slow=True) == pytest.approx(4 * 989e12 / 400e9)
+
+
+def test_widths_and_lengths_that_hide_the_activations():
+    h100, v5p, size = machine("h100x8"), machine("v5p-8"), size_of("llama3/70b")
+    assert machines.tensor_limit(h100, size) == pytest.approx(1.5 * 28_672 * 450e9 / 989e12)
+    assert machines.ring_tokens(h100, size) == pytest.approx(2 * 8 / 64 * 989e12 / 450e9)
+    assert machines.expert_width(v5p) == pytest.approx(510)
+    assert machines.data_tokens(h100) == pytest.approx(2 / 3 * 989e12 / 400e9)
+    assert machines.bubble(4, 4) == 3 / 7 and machines.bubble(8, 32, 4) == 7 / 135
+
+
+def test_a_rows_activations_by_hand():
+    """Inputs of 80 blocks of 8,192 numbers, and one block's inside (4 widths, 3 MLPs) twice, of 2 bytes."""
+    expected = 2 * 8192 * (80 * 8192 + 2 * (4 * 8192 + 3 * 28_672))
+    assert machines.row_bytes(size_of("llama3/70b"), 1) == expected
+    assert machines.row_bytes(size_of("llama3/70b"), 8) == expected / 8
+
+
+# ----------------------------------------------------------------------------------------------- the guide
+
+
+def test_the_guides_tables_are_computed():
+    text = mesh_tables.GUIDE.read_text(encoding="utf-8")
+    assert mesh_tables.filled(text) == text, "run: python tests/mesh_tables.py"
+
+
+def test_the_guides_commands_are_configs():
+    """Every command and the flags it stands beside can be read; the ones written out are the presets."""
+    text = mesh_tables.GUIDE.read_text(encoding="utf-8")
+    written = {"llama3/70b": "llama3/70b:h100x64", "llama3/405b": "llama3/405b:v5p-512"}
+    seen = set()
+    for line in text.splitlines():
+        flags = [word.strip("'") for word in line.split() if word.startswith("--config.")]
+        changes = [flag.removeprefix("--config.") for flag in flags]
+        if line.startswith("llm-jax train"):
+            spec = line.split("--config=")[1].split()[0]
+            cfg = load(spec, changes)
+            check(cfg)
+            if spec in written:
+                seen.add(spec)
+                preset = load(written[spec])
+                assert (cfg.mesh, cfg.train.accumulation) == (preset.mesh, preset.train.accumulation)
+        elif line.startswith("--config."):
+            check(load("llama3/8b", [*changes, "mesh.data=1", "mesh.fsdp=-1", "model.attention_kernel=auto"]))
+    assert seen == set(written)
