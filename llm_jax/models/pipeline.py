@@ -52,7 +52,7 @@ def pipeline(
 
     Args:
       block: one layer, (its params, rows (b, T, D), key, shared) to (rows, routing), routing None or a tree of
-        statistics of each row (b,).
+        statistics of each row (b, ...).
       params: leaves (L, ...) in natural order, split over "stage" along the first axis.
       x: (B, T, D), B a multiple of M x the pieces of the batch.
       keys: (L,) random keys, or None.
@@ -62,7 +62,7 @@ def pipeline(
       stages, repeats, microbatches: S, R and M, which `check_pipeline` has passed.
 
     Returns:
-      x (B, T, D), and routing, leaves (B,), summed over the layers.
+      x (B, T, D), and routing, leaves (B, ...), summed over the layers.
     """
     turns = repeats * microbatches  # of each stage; the loop has S - 1 more
     depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
@@ -78,7 +78,7 @@ def pipeline(
     def constrain(rows: Any, *lead: str | None) -> Any:
         x, total = rows
         x = layout(x, *lead, "batch", "residual_length", "embed")
-        return x, jax.tree.map(lambda a: layout(a, *lead, "batch"), total)
+        return x, jax.tree.map(lambda a: _split(a, layout, *lead, "batch"), total)
 
     def run(weights: Any, read: Any, rows: Any, turn: jax.Array) -> Any:
         """The layers of one stage in one turn. Without the stage axis, which vmap hides."""
@@ -218,7 +218,7 @@ def _send_pieces(p: jax.Array, *, stages: int, repeats: int) -> jax.Array:
         pairs = [(device, piece % stages) for device, piece in enumerate(sent)]
         turn = [piece // stages for piece in sorted(sent, key=lambda piece: piece % stages)]
         got = jax.lax.ppermute(pieces[jnp.asarray(number)[me]], "stage", pairs)
-        mine = mine.at[jnp.asarray(turn)[me]].set(got)
+        mine = jax.lax.dynamic_update_index_in_dim(mine, got, jnp.asarray(turn)[me], 0)
     return mine.reshape(p.shape)
 
 
@@ -227,11 +227,16 @@ def _piece(a: jax.Array, number: jax.Array, size: int = 1) -> jax.Array:
 
 
 def _without_pieces(policy: Policy | None) -> Policy:
-    """Keeps each layer's input and what `policy` says (None: everything), but no piece of parameters: no gather."""
+    """Keeps each layer's input and what `policy` says (None: everything), but no piece of parameters.
+
+    With None those are known by what makes them, a gather, which vmap transposes.
+    """
 
     def keep(primitive: Any, *args: Any, **params: Any) -> Any:
         if primitive.name == "name" and params["name"] == "layer_input":
             return True
-        return primitive.name != "gather" if policy is None else policy(primitive, *args, **params)
+        if policy is None:
+            return primitive.name not in ("gather", "transpose")
+        return policy(primitive, *args, **params)
 
     return keep
