@@ -1,0 +1,115 @@
+"""A mixture of experts in place of a block's MLP (Shazeer et al. 2017, arXiv 1701.06538)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import DecoderConfig
+from llm_jax.kernels.elementwise import gelu
+from llm_jax.kernels.experts import BANK_AXES, Bank, Routing, capacity, dropless, route
+from llm_jax.models.layers import Linear, linear_init, named
+from llm_jax.precision import Precision, at_least_float32
+from llm_jax.sharding import Layout
+
+
+class MoE(nn.Module):
+    """y = sum over the chosen experts e of p_e(x) MLP_e(x), each MLP_e of the dense block's form and width.
+
+    The router's logits are computed in at least float32, from parameters that are kept as all others are.
+    """
+
+    cfg: DecoderConfig
+    layout: Layout
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        places: jax.Array | None = None,
+        drop: bool = True,
+    ) -> tuple[jax.Array, Routing]:
+        """(B, T, D) to (B, T, D), with the router's statistics of each row.
+
+        Args:
+          segment_ids: (B, T), 0 for padding, which takes no part and gives 0; None: no padding.
+          places: (T,) or (B, T), where each token stands in its row, should the array have them in another order.
+          drop: False computes all choices under the capacity form too: text should not depend on how it was padded.
+        """
+        moe, layout = self.cfg.moe, self.layout
+        weights, experts, routing = route(self._logits(x), segment_ids, moe.top_k, renormalize=moe.renormalize)
+        bank = self._bank(x)
+        if moe.dispatch == "dropless" or not drop:
+            y = dropless(x, weights, experts, bank, self._activation, layout)
+        else:
+            y, dropped = capacity(
+                x, weights, experts, bank, self._activation, layout, factor=moe.capacity_factor, places=places
+            )
+            routing = routing._replace(dropped=dropped.astype(routing.z.dtype))
+        routing = Routing(*(layout(sums, "batch") for sums in routing))
+        return layout(y, "batch", "length", "embed"), routing
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """(B, T, E). The kernel is gathered first: its "embed" axis is split over axes that also split the batch."""
+        router = Linear(
+            self.cfg.moe.num_experts, ("embed", "router"), linear_init(self.cfg), self.precision, name="router"
+        )
+        kernel = self.layout(router.weights(x.shape[-1])[0], None, None)
+        logits = jnp.einsum("btd,de->bte", at_least_float32(x), at_least_float32(kernel))
+        return self.layout(logits, "batch", "length", None)
+
+    def _bank(self, x: jax.Array) -> Bank:
+        """The experts' kernels, and biases where linear layers have them, in the dtype of x."""
+        cfg = self.cfg
+        sizes = {"expert": cfg.moe.num_experts, "embed": cfg.embed_dim, "mlp": cfg.mlp_dim or 4 * cfg.embed_dim}
+        parameters: dict[str, jax.Array] = {}
+        for name in ("up", "down", "gate") if cfg.activation in ("swiglu", "geglu") else ("up", "down"):
+            axes = getattr(BANK_AXES, name)
+            linears = ExpertLinears(
+                tuple(sizes[axis] for axis in axes),
+                axes,
+                linear_init(cfg, residual=name == "down"),
+                self.precision,
+                use_bias=cfg.bias == "all",
+                name=name,
+            )
+            kernel, bias = linears()
+            parameters[name] = kernel.astype(x.dtype)
+            if bias is not None:
+                parameters[f"{name}_bias"] = bias.astype(x.dtype)
+        return Bank(**parameters)
+
+    def _activation(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """What the dense MLP has between its products."""
+        kind = self.cfg.activation
+        if gate is not None:
+            return (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate)) * up
+        return {"relu": jax.nn.relu, "gelu_tanh": jax.nn.gelu, "gelu": gelu}[kind](up)
+
+
+class ExpertLinears(nn.Module):
+    """The parameters of one linear layer of every expert: kernel (E, in, out), and bias (E, out) or None.
+
+    Each kernel starts as the dense layer's would: fan-in does not count the experts.
+    """
+
+    shape: tuple[int, int, int]
+    axes: tuple[str, str, str]
+    initializer: nn.initializers.Initializer
+    precision: Precision
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        experts, _, features = self.shape
+
+        def each(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return jax.vmap(lambda key: self.initializer(key, shape[1:], dtype))(jax.random.split(key, experts))
+
+        kernel = self.param("kernel", named(each, *self.axes), self.shape, self.precision.params)
+        if not self.use_bias:
+            return kernel, None
+        zeros = named(nn.initializers.zeros, self.axes[0], self.axes[2])
+        return kernel, self.param("bias", zeros, (experts, features), self.precision.params)
