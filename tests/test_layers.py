@@ -138,11 +138,11 @@ def test_embedding():
 # ------------------------------------------------------------------------------------------------ dropout
 
 
-def drop(x, rate, seed=0, layout=None, rows=None):
+def drop(x, rate, seed=0, layout=None, rows=None, tokens=None):
     layout, rows = layout or Layout(), np.arange(len(x)) if rows is None else rows
 
     def call(x, key):
-        return dropout(x, rate, key, rows, layout, "batch", "length", "embed")
+        return dropout(x, rate, key, rows, layout, "batch", "length", "embed", tokens=tokens)
 
     call = jax.jit(call, compiler_options=QUICK)
     return np.asarray(call(x, jax.random.key(seed)))
@@ -172,6 +172,14 @@ def test_a_row_keeps_its_dropout_in_whatever_batch_it_is():
     whole = drop(x, 0.5)
     assert len({row.tobytes() for row in whole}) == 8
     np.testing.assert_array_equal(drop(x[:3], 0.5, rows=np.array([6, 0, 3])), whole[[6, 0, 3]])
+
+
+def test_a_token_keeps_its_dropout_wherever_it_stands():
+    x, order = np.ones((8, 4, 4), np.float32), np.array([0, 3, 1, 2])
+    whole = drop(x, 0.5, tokens=np.arange(4))
+    assert len({token.tobytes() for token in whole.reshape(32, 4)}) > 10
+    np.testing.assert_array_equal(drop(x, 0.5, tokens=order), whole[:, order])
+    np.testing.assert_array_equal(drop(x, 0.5, tokens=np.arange(4), layout=mesh_layout(2, 1, 2, 2)), whole)
 
 
 def test_dropout_only_in_training():

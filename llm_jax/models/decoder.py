@@ -6,12 +6,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.config import DecoderConfig
+from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.experts import Routing
-from llm_jax.kernels.masks import AttentionMask, causal_mask
-from llm_jax.models.attention import Shared, head_dim
+from llm_jax.kernels.masks import AttentionMask
+from llm_jax.models.attention import Shared, choose_kernel, head_dim, platform
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
 from llm_jax.models.transformer import Stack
@@ -78,8 +80,41 @@ class Decoder(nn.Module):
         chunk: int = 0,
         dropout_key: jax.Array | None = None,
     ) -> TokenLosses:
-        """The cross-entropy of `targets` (B, T); with `chunk`, logits exist for that many tokens of a row at a time."""
-        x, head, routing = self.trunk(tokens, positions, segment_ids, rows=rows, dropout_key=dropout_key)
+        """The cross-entropy of `targets` (B, T); with `chunk`, logits exist for that many tokens of a row at a time.
+
+        Where ring attention splits the rows, tokens are computed in the order that gives all devices equal work.
+        """
+        order = self._zigzag(tokens.shape[1], segment_ids, dropout_key)
+        if order is None:
+            x, head, routing = self.trunk(tokens, positions, segment_ids, rows=rows, dropout_key=dropout_key)
+            return self._token_losses(x, head, targets, label_smoothing, chunk)._replace(routing=routing)
+        tokens, targets, positions, segment_ids = (
+            x if x is None else self.layout(x[:, order], "batch", "length")
+            for x in (tokens, targets, positions, segment_ids)
+        )
+        x, head, routing = self.trunk(tokens, positions, segment_ids, order=order, rows=rows, dropout_key=dropout_key)
+        found = self._token_losses(x, head, targets, label_smoothing, chunk)
+        back = np.argsort(order)
+        found = (self.layout(x[:, back], "batch", "length") for x in (found.loss, found.log_z, found.correct))
+        return TokenLosses(*found, routing)
+
+    def _zigzag(self, length: int, segment_ids: jax.Array | None, dropout_key: jax.Array | None) -> np.ndarray | None:
+        """(T,) which token of a row to compute at each place; None: as they stand."""
+        cfg, parts = self.cfg, self.layout.activation_pieces("length")
+        kernel = choose_kernel(
+            cfg,
+            self.layout,
+            segments=segment_ids is not None,
+            length=length,
+            dtype=self.precision.compute.name,
+            dropout=dropout_key is not None and cfg.dropout.attention > 0,
+            platform=platform(self.layout),
+        )
+        return zigzag_order(length, parts) if kernel.zigzag and parts > 1 else None
+
+    def _token_losses(
+        self, x: jax.Array, head: jax.Array, targets: jax.Array, label_smoothing: float, chunk: int
+    ) -> TokenLosses:
         if chunk:
             found = chunked_cross_entropy(
                 x,
@@ -91,10 +126,10 @@ class Decoder(nn.Module):
                 vocab_size=possible_ids(self.cfg),
                 layout=self.layout,
             )
-            return TokenLosses(*found, routing)
+            return TokenLosses(*found)
         logits = self._logits(x, head)
         loss, log_z = cross_entropy(logits, targets, label_smoothing)
-        return TokenLosses(loss, log_z, logits.argmax(-1) == targets, routing)
+        return TokenLosses(loss, log_z, logits.argmax(-1) == targets)
 
     @nn.compact
     def trunk(
@@ -103,6 +138,7 @@ class Decoder(nn.Module):
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
         *,
+        order: np.ndarray | None = None,
         rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         cache_length: int = 0,
@@ -114,6 +150,7 @@ class Decoder(nn.Module):
           positions: (B, T) int32, place of each token in its document; None: its place in the row. With a cache they
             are the slots written and read, and a place beyond the cache marks padding.
           segment_ids: (B, T) int32, document of each token in a packed row, 0 for padding; None: one document a row.
+          order: (T,), which token of its row stands at each place; None: they stand in order.
           rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: they are the whole batch.
           dropout_key: None: no dropout.
           cache_length: slots of the key-value cache, for prefill and decoding; 0: none.
@@ -124,13 +161,14 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if not cache_length and tokens.shape[1] > cfg.max_length:
             raise ValueError(f"rows of {tokens.shape[1]} tokens are longer than model.max_length={cfg.max_length}")
-        from_start = positions is None
-        if from_start:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        index = jnp.arange(tokens.shape[1]) if order is None else jnp.asarray(order, jnp.int32)
+        from_start = positions is None and order is None
+        if positions is None:
+            positions = jnp.broadcast_to(index[None], tokens.shape)
         if cache_length:
             mask = AttentionMask(positions, jnp.arange(cache_length), window=cfg.sliding_window)
         else:
-            mask = causal_mask(tokens.shape[1], segment_ids, cfg.sliding_window)
+            mask = AttentionMask(index, index, segment_ids, segment_ids, window=cfg.sliding_window)
 
         embedding = self._table("embedding", padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._token_init())
         x = embedding(tokens)
@@ -141,7 +179,7 @@ class Decoder(nn.Module):
         rows = jnp.arange(len(tokens)) if rows is None else rows
         embedding_key, stack_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         axes = ("batch", "residual_length", "embed")
-        x = dropout(x, cfg.dropout.embedding, embedding_key, rows, self.layout, *axes)
+        x = dropout(x, cfg.dropout.embedding, embedding_key, rows, self.layout, *axes, tokens=index)
 
         rotary = cfg.positions == "rotary"
         angles = rotary_angles(cfg.rope, head_dim(cfg), positions) if rotary else None

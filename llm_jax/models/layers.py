@@ -150,20 +150,31 @@ class Embedding(nn.Module):
 
 
 def dropout(
-    x: jax.Array, rate: float, key: jax.Array | None, rows: jax.Array, layout: Layout, *axes: str | None
+    x: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+    rows: jax.Array,
+    layout: Layout,
+    *axes: str | None,
+    tokens: jax.Array | None = None,
 ) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Each row's mask is a function of the key and of the row's number in the global batch, so it is the same on every
-    mesh, in every micro-batch and in a pipeline.
+    Each row's mask is a function of the key and of the row's number in the global batch, and with `tokens` each token's
+    of its place in the row as well: so it is the same on every mesh, in every micro-batch, order and pipeline.
 
     Args:
-      x: (B, ...), of the logical axes `axes`.
+      x: (B, ...), or with `tokens` (B, T, ...), of the logical axes `axes`.
       key: of this place in the model; None: no dropout.
       rows: (B,) int32.
+      tokens: (T,) int32, the places of tokens that may stand in another order.
     """
     if key is None or not rate:
         return x
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    each = jax.vmap(jax.random.fold_in, (None, 0))
+    keys, shape = each(key, rows), x.shape[1:]
+    if tokens is not None:
+        keys, shape = jax.vmap(each, (0, None))(keys, tokens), x.shape[2:]
+    draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)  # noqa: E731
+    keep = jax.vmap(draw)(keys) if tokens is None else jax.vmap(jax.vmap(draw))(keys)
     return jnp.where(layout(keep, *axes), x / (1 - rate), 0)

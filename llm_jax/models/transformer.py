@@ -88,7 +88,7 @@ class Block(nn.Module):
 
         def attend(x: jax.Array) -> jax.Array:
             y = attention(x, keys[0], shared, cache_length=self.cache_length)
-            return self._drop(y, cfg.dropout.attention_output, keys[1], shared.rows)
+            return self._drop(y, cfg.dropout.attention_output, keys[1], shared)
 
         def feed_forward(x: jax.Array) -> tuple[jax.Array, Routing | None]:
             if cfg.moe.num_experts:
@@ -96,7 +96,7 @@ class Block(nn.Module):
                 y, routing = MoE(*parts, name="moe")(x, mask.query_segments, places=mask.query_index, drop=drop)
             else:
                 y, routing = MLP(*parts, name="mlp")(x), None
-            return self._drop(y, cfg.dropout.mlp_output, keys[2], shared.rows), routing
+            return self._drop(y, cfg.dropout.mlp_output, keys[2], shared), routing
 
         if cfg.norm_placement == "pre":
             x = x + attend(norm1(x))
@@ -108,8 +108,9 @@ class Block(nn.Module):
             x = norm2(x + y)
         return self.layout(x, "batch", "residual_length", "embed"), routing
 
-    def _drop(self, y: jax.Array, rate: float, key: jax.Array | None, rows: jax.Array) -> jax.Array:
-        return dropout(y, rate, key, rows, self.layout, "batch", "residual_length", "embed")
+    def _drop(self, y: jax.Array, rate: float, key: jax.Array | None, shared: Shared) -> jax.Array:
+        axes = ("batch", "residual_length", "embed")
+        return dropout(y, rate, key, shared.rows, self.layout, *axes, tokens=shared.mask.query_index)
 
 
 class Stack(nn.Module):
