@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
-from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes, slice_sizes
+from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes, slice_sizes, stage_microbatches
 from llm_jax.errors import ConfigError, UserError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
@@ -85,6 +85,8 @@ class Layout:
     gradient_rules: Rules = PARAMETER_RULES
     optimizer_rules: Rules = PARAMETER_RULES
     activation_rules: Rules = ACTIVATION_RULES
+    stage_microbatches: int = 1  # of a pipeline
+    stage_repeats: int = 1
 
     def spec(self, axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
         """The partition of an array with these logical axes (None: not split).
@@ -166,6 +168,11 @@ class Layout:
     def activation_pieces(self, axis: str) -> int:
         """Into how many pieces this logical axis of activations is split."""
         return 1 if self.mesh is None else self._pieces(axis, self.activation_rules)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline; 1: there is none."""
+        return self.activation_pieces("stage")
 
     @property
     def num_devices(self) -> int:
@@ -279,7 +286,10 @@ def abstract_layout(cfg: MeshConfig, num_devices: int) -> Layout:
     optimizer_rules = change_rules(parameter_rules, cfg.optimizer_rules, "mesh.optimizer_rules")
     activation_rules = change_rules(ACTIVATION_RULES, cfg.activation_rules, "mesh.activation_rules")
     mesh = AbstractMesh(mesh_shape(cfg, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return Layout(mesh, parameter_rules, gradient_rules, optimizer_rules, activation_rules)
+    microbatches = stage_microbatches(cfg, mesh.shape["stage"])
+    return Layout(
+        mesh, parameter_rules, gradient_rules, optimizer_rules, activation_rules, microbatches, cfg.stage_repeats
+    )
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from llm_jax.config.pipeline import check_pipeline
 from llm_jax.config.resolve import to_dict
 from llm_jax.config.schema import (
     TOKEN_FORMATS,
@@ -14,6 +15,7 @@ from llm_jax.config.schema import (
     DataConfig,
     DecoderConfig,
     MeshConfig,
+    MoEConfig,
     OptimConfig,
     SourceConfig,
 )
@@ -22,6 +24,8 @@ from llm_jax.config.values import did_you_mean, refuse
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
 BATCH_AXES = ("data", "fsdp", "expert")
+# What `model.remat_save` may name: the tensors of a block that the backward pass can find kept.
+TENSOR_NAMES = ("layer_input", "query", "key", "value", "attention", "mlp_gate", "mlp_up")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
 
 # A key that was changed but is read only when another has one of these values: its author expects something of it.
@@ -39,7 +43,9 @@ ONLY_WITH = (
     ("optim.decay_steps", "optim.schedule", ("cosine", "linear", "wsd")),
     ("optim.cooldown_ratio", "optim.schedule", ("wsd",)),
     ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
+    ("model.remat_save", "model.remat", ("names",)),
 )
+NEEDS_EXPERTS = ("top_k", "renormalize", "capacity_factor", "balance_loss", "router_z_loss")
 
 
 def check(cfg: Config) -> None:
@@ -141,6 +147,8 @@ def check_model(model: DecoderConfig) -> None:
             f"give one of {', '.join(map(str, divisors(model.num_heads)))}",
         )
     check_positions(model)
+    check_experts(model)
+    check_remat(model)
     if model.bias == "all" and model.norm == "layernorm" and not model.norm_scale:
         raise refuse(
             "model.norm_scale",
@@ -155,6 +163,32 @@ def check_model(model: DecoderConfig) -> None:
             "model.vocab_multiple is 1, so nothing is padded",
             "set model.vocab_multiple, or leave this False",
         )
+
+
+def check_experts(model: DecoderConfig) -> None:
+    moe, default = model.moe, MoEConfig()
+    if moe.num_experts and moe.top_k > moe.num_experts:
+        reason = f"a token cannot go to more than model.moe.num_experts = {moe.num_experts} experts"
+        raise refuse("model.moe.top_k", moe.top_k, reason, f"give at most {moe.num_experts}")
+    if moe.num_experts and moe.top_k == 1 and moe.renormalize:
+        reason = "with model.moe.top_k = 1 the chosen expert's weight would be 1, and the loss could not train the router"
+        raise refuse("model.moe.renormalize", True, reason, "set renormalize=False (Switch), or top_k=2")
+    for name in NEEDS_EXPERTS:
+        value = getattr(moe, name)
+        if not moe.num_experts and value != getattr(default, name):
+            reason = "model.moe.num_experts is 0, so there are no experts"
+            raise refuse(f"model.moe.{name}", value, reason, "set model.moe.num_experts, or leave this out")
+
+
+def check_remat(model: DecoderConfig) -> None:
+    for entry in model.remat_save:
+        name, equals, place = entry.partition("=")
+        if name not in TENSOR_NAMES or equals and place != "host":
+            reason = f"it does not read as NAME or NAME=host, with one of {', '.join(TENSOR_NAMES)}"
+            fix = did_you_mean(name, TENSOR_NAMES, "query keeps the queries, query=host keeps them in the host's memory")
+            raise refuse("model.remat_save", entry, reason, fix)
+    if model.remat == "names" and not model.remat_save:
+        raise refuse("model.remat", "names", "model.remat_save names nothing to keep", "set it, or remat=full")
 
 
 def check_positions(model: DecoderConfig) -> None:
@@ -196,10 +230,48 @@ def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
     """What each mesh axis splits has as many equal parts. `sizes` may hold -1, for what is not known yet."""
     if sizes["tensor"] > 1:
         check_tensor_axis(cfg.model, sizes["tensor"])
+    if sizes["expert"] > 1:
+        check_expert_axis(cfg.model, sizes["expert"])
+    check_stage_axis(cfg, sizes)
     length = cfg.data.sequence_length
     if sizes["sequence"] > 1 and length % sizes["sequence"]:
         reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
         raise refuse("data.sequence_length", length, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
+
+
+def check_expert_axis(model: DecoderConfig, expert: int) -> None:
+    experts = model.moe.num_experts
+    if not experts:
+        reason = "model.moe.num_experts is 0, so there is nothing for this axis to split"
+        raise refuse("mesh.expert", expert, reason, "set mesh.expert=1, and mesh.fsdp or mesh.data in its place")
+    if experts % expert:
+        reason = f"it does not split over mesh.expert = {expert} devices"
+        raise refuse("model.moe.num_experts", experts, reason, f"give {nearest_multiples(experts, expert)}")
+
+
+def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
+    """The pipeline fits the model and both batches. `sizes` may hold -1, for what is not known yet."""
+    stages, mesh = sizes["stage"], cfg.mesh
+    if stages == -1:
+        return
+    if stages > 1 and not cfg.model.scan_layers:
+        reason = f"mesh.stage = {stages} splits stacked layers"
+        raise refuse("model.scan_layers", False, reason, "set scan_layers=True, or mesh.stage=1")
+    microbatches = stage_microbatches(mesh, stages)
+    shards = [sizes[axis] for axis in BATCH_AXES]
+    rows = cfg.train.global_batch_size // cfg.train.accumulation
+    if -1 in shards:  # this rest cannot be told yet: any number of rows would do
+        shards, rows = [1], microbatches
+    check_pipeline(cfg.model.num_layers, stages, mesh.stage_repeats, microbatches, rows, math.prod(shards))
+    parts = math.prod(shards) * microbatches
+    if stages > 1 and cfg.eval.batch_size % parts:
+        reason = f"it does not split into {parts} equal parts: {microbatches} pieces of a pipeline on each part of the batch"
+        fix = f"give {nearest_multiples(cfg.eval.batch_size, parts)}, or 0 for the training batch"
+        raise refuse("eval.batch_size", cfg.eval.batch_size, reason, fix)
+
+
+def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
+    return mesh.stage_microbatches or stages
 
 
 def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:

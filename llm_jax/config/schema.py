@@ -70,9 +70,8 @@ class MoEConfig:
 
     num_experts: int = at_least(0, 0)  # 0: one dense MLP; each expert is an MLP of model.mlp_dim
     top_k: int = at_least(1, 2)  # experts that each token goes to
-    dispatch: str = one_of("dropless", "capacity")  # capacity: experts take so many tokens of a row, the rest pass by
-    capacity_factor: float = positive(1.25)  # capacity: room relative to an even load
     renormalize: bool = True  # the chosen experts' probabilities are scaled to add up to 1 (Mixtral)
+    capacity_factor: float = at_least(0.0, 0.0)  # room for a row's tokens, relative to an even load; 0: nothing dropped
     balance_loss: float = at_least(0.0, 0.01)  # coefficient of the load-balance term (arXiv 2101.03961), row by row
     router_z_loss: float = at_least(0.0, 0.0)  # coefficient on the router's log(Z)^2 (ST-MoE, arXiv 2202.08906)
 
@@ -117,8 +116,7 @@ class DecoderConfig:
     residual_init_scale: bool = True  # projections into the residual stream start 1/sqrt(2*num_layers) smaller
     scan_layers: bool = True  # one compiled layer, looped; False: every layer compiled (faster on small models)
     remat: str = one_of("none", "full", "dots", "dots_no_batch", "names")  # what the backward pass recomputes
-    remat_save: tuple[str, ...] = ()  # names: tensors of a block that are kept, of transformer.TENSOR_NAMES
-    remat_offload: tuple[str, ...] = ()  # names: tensors that wait in pinned host memory
+    remat_save: tuple[str, ...] = ()  # names: tensors of a block that are kept; "NAME=host": in pinned host memory
     attention_kernel: str = one_of("auto", "reference", "xla", "cudnn", "splash", "ring", "all_to_all")
 
 

@@ -62,3 +62,22 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     wide = at_least_float32(x)  # 1 + erf cancels
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+GATED = ("swiglu", "geglu")
+
+
+def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """What stands between an MLP's products: act(gate) * up for the gated kinds (arXiv 2002.05202), else act(up)."""
+    match kind:
+        case "swiglu":
+            return jax.nn.silu(gate) * up
+        case "geglu":
+            return jax.nn.gelu(gate) * up
+        case "relu":
+            return jax.nn.relu(up)
+        case "gelu_tanh":
+            return jax.nn.gelu(up)
+        case "gelu":
+            return gelu(up)
+    raise ValueError(f"no activation is called {kind!r}")

@@ -6,6 +6,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from llm_jax.config import DecoderConfig
@@ -134,6 +135,7 @@ class Attention(nn.Module):
             key = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="key_norm")(key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
+        query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
         if cache_length:
             key, value = self._cached(key, value, mask.query_index, cache_length)
 
@@ -157,7 +159,7 @@ class Attention(nn.Module):
         else:
             out = kernel.attend(query, key, value, mask, layout=self.layout, **terms)
 
-        out = self.layout(out, "batch", "length", "heads", "head_dim")
+        out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
         out = out.reshape(*x.shape[:-1], heads * size)
         out = Linear(
             cfg.embed_dim,

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import DecoderConfig
-from llm_jax.kernels.elementwise import gelu
+from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import BANK_AXES, Bank, Routing, capacity, dropless, route
 from llm_jax.models.layers import Linear, linear_init, named
 from llm_jax.precision import Precision, at_least_float32
@@ -41,7 +41,7 @@ class MoE(nn.Module):
         moe, layout = self.cfg.moe, self.layout
         weights, experts, routing = route(self._logits(x), segment_ids, moe.top_k, renormalize=moe.renormalize)
         bank = self._bank(x)
-        if moe.dispatch == "dropless" or not drop:
+        if not moe.capacity_factor or not drop:
             y = dropless(x, weights, experts, bank, self._activation, layout)
         else:
             y, dropped = capacity(
@@ -65,7 +65,7 @@ class MoE(nn.Module):
         cfg = self.cfg
         sizes = {"expert": cfg.moe.num_experts, "embed": cfg.embed_dim, "mlp": cfg.mlp_dim or 4 * cfg.embed_dim}
         parameters: dict[str, jax.Array] = {}
-        for name in ("up", "down", "gate") if cfg.activation in ("swiglu", "geglu") else ("up", "down"):
+        for name in ("up", "down", "gate") if cfg.activation in GATED else ("up", "down"):
             axes = getattr(BANK_AXES, name)
             linears = ExpertLinears(
                 tuple(sizes[axis] for axis in axes),
@@ -82,11 +82,7 @@ class MoE(nn.Module):
         return Bank(**parameters)
 
     def _activation(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-        """What the dense MLP has between its products."""
-        kind = self.cfg.activation
-        if gate is not None:
-            return (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate)) * up
-        return {"relu": jax.nn.relu, "gelu_tanh": jax.nn.gelu, "gelu": gelu}[kind](up)
+        return activate(self.cfg.activation, up, gate)
 
 
 class ExpertLinears(nn.Module):

@@ -6,9 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import DecoderConfig
-from llm_jax.kernels.elementwise import gelu
+from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
@@ -26,9 +27,10 @@ REMAT_POLICIES = {
 def remat_policy(cfg: DecoderConfig) -> Callable[..., Any]:
     """What the backward pass finds kept, in device memory or in the host's; all else of a block it computes again."""
     if cfg.remat == "names":
+        in_host = [name.removesuffix("=host") for name in cfg.remat_save if name.endswith("=host")]
         return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=cfg.remat_save,
-            names_which_can_be_offloaded=cfg.remat_offload,
+            names_which_can_be_saved=[name for name in cfg.remat_save if "=" not in name],
+            names_which_can_be_offloaded=in_host,
             offload_src="device",
             offload_dst="pinned_host",
         )
@@ -50,15 +52,11 @@ class MLP(nn.Module):
             axes=("embed", "mlp"), initializer=linear_init(cfg), precision=self.precision, use_bias=cfg.bias == "all"
         )
         up = self.layout(Linear(width, **wide, name="up")(x), "batch", "length", "mlp")
-        if cfg.activation in ("swiglu", "geglu"):
+        up, gate = checkpoint_name(up, "mlp_up"), None
+        if cfg.activation in GATED:
             gate = self.layout(Linear(width, **wide, name="gate")(x), "batch", "length", "mlp")
-            hidden = (jax.nn.silu(gate) if cfg.activation == "swiglu" else jax.nn.gelu(gate)) * up
-        elif cfg.activation == "relu":
-            hidden = jax.nn.relu(up)
-        elif cfg.activation == "gelu_tanh":
-            hidden = jax.nn.gelu(up)
-        else:
-            hidden = gelu(up)
+            gate = checkpoint_name(gate, "mlp_gate")
+        hidden = activate(cfg.activation, up, gate)
         return Linear(
             cfg.embed_dim,
             ("mlp", "embed"),
@@ -81,6 +79,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Routing | None]:
         """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
+        x = checkpoint_name(x, "layer_input")
         attention = Attention(*parts, name="attention")
         norm1 = block_norm(cfg, self.precision, "attention_norm")
         norm2 = block_norm(cfg, self.precision, "mlp_norm")
