@@ -72,6 +72,13 @@ REFUSED = [
         ["model.attention_kernel = 'cudnn'", "mesh.sequence = 2 splits the rows"],
     ),
     (["model.attention_kernel=cudnn"], ["model.attention_kernel = 'cudnn'", "precision.compute is float32"]),
+    (["model.moe.top_k=3"], ["model.moe.top_k = 3", "num_experts is 0"]),
+    (["model.moe.num_experts=2", "model.moe.top_k=3"], ["model.moe.top_k = 3", "at most 2"]),
+    (["model.moe.num_experts=2", "model.moe.top_k=1"], ["model.moe.renormalize = True", "could not train the router"]),
+    (["model.remat=names"], ["model.remat = 'names'", "remat_save names nothing"]),
+    (["model.remat_save=query"], ["model.remat_save", "model.remat = names"]),
+    (["model.remat=names", "model.remat_save=querry"], ["model.remat_save = 'querry'", "did you mean query?"]),
+    (["model.remat=names", "model.remat_save=query=disk"], ["model.remat_save = 'query=disk'", "NAME=host"]),
     # the data
     (["data.sequence_length=2048"], ["data.sequence_length = 2048", "model.max_length = 1024"]),
     (
@@ -106,6 +113,26 @@ REFUSED = [
     (["mesh.tensor=2", "model.num_kv_heads=1"], ["model.num_kv_heads = 1"]),
     (["mesh.tensor=4", "model.mlp_dim=514"], ["model.mlp_dim = 514", "512 or 516"]),
     (["mesh.tensor=2", "model.vocab_size=65"], ["model.vocab_multiple = 1", "model.vocab_multiple=2"]),
+    (["mesh.expert=2"], ["mesh.expert = 2", "num_experts is 0", "mesh.fsdp"]),
+    (["mesh.expert=4", "model.moe.num_experts=6"], ["model.moe.num_experts = 6", "4 or 8"]),
+    (["mesh.across_slices=data"], ["mesh.across_slices = 'data'", "AXIS=SIZE"]),
+    (["mesh.across_slices=dat=2"], ["mesh.across_slices = 'dat=2'", "did you mean data?"]),
+    (["mesh.across_slices=data=1"], ["mesh.across_slices = 'data=1'", "2 or more"]),
+    (["mesh.across_slices=data=2,data=2"], ["mesh.across_slices = 'data=2'", "at most once"]),
+    (["mesh.across_slices=data=4", "mesh.data=6"], ["mesh.across_slices = 'data=4'", "mesh.data = 6", "multiple of 4"]),
+    (["mesh.stage=3"], ["mesh.stage = 3", "model.num_layers = 4", "2, 4"]),
+    (["mesh.stage=2", "model.scan_layers=false"], ["model.scan_layers = False", "mesh.stage = 2"]),
+    (["mesh.stage_repeats=2"], ["mesh.stage_repeats = 2", "mesh.stage is 1"]),
+    (["mesh.stage_microbatches=2"], ["mesh.stage_microbatches = 2", "train.accumulation"]),
+    (["mesh.stage=2", "mesh.stage_repeats=2", "mesh.stage_microbatches=1"], ["mesh.stage_microbatches = 1", "at least 2"]),
+    (
+        ["mesh.stage=2", "mesh.data=2", "mesh.stage_microbatches=5", "train.global_batch_size=32"],
+        ["mesh.stage_microbatches = 5", "32 rows"],
+    ),
+    (
+        ["mesh.stage=2", "mesh.data=2", "eval.batch_size=6"],
+        ["eval.batch_size = 6", "4 equal parts", "4 or 8"],
+    ),
 ]
 
 

@@ -30,6 +30,8 @@ ROTARY = dict(rope=dict(scaling="yarn", factor=4.0, original_length=1024))
 LLAMA3 = dict(rope=dict(scaling="llama3", factor=4.0, original_length=16, low_freq_factor=1.0))
 LEARNED = dict(positions="learned")
 RELATIVE = dict(positions="relative", relative_buckets=8, relative_max_distance=12)
+EXPERTS = dict(moe=dict(num_experts=4, top_k=2))
+SAVE = dict(remat="names", remat_save=("query",))
 
 # key: (config it is changed in, new value, what changes)
 #   loss: of the same parameters; frequencies: the angles that rotary positions turn by; parameters: their paths or
@@ -70,6 +72,11 @@ KEYS = {
     "logits_softcap": ({}, 1.0, "loss"),
     "sliding_window": ({}, 2, "loss"),
     "attention_output_scale": ({}, 0.5, "loss"),
+    "attention_sinks": ({}, True, "parameters"),
+    "moe.num_experts": ({}, 4, "parameters"),
+    "moe.top_k": (EXPERTS, 3, "loss"),
+    "moe.renormalize": (EXPERTS, False, "loss"),
+    "moe.capacity_factor": (EXPERTS, 0.5, "loss"),
     "dropout.embedding": ({}, 0.5, "loss"),
     "dropout.attention": ({}, 0.5, "loss"),
     "dropout.attention_output": ({}, 0.5, "loss"),
@@ -79,6 +86,7 @@ KEYS = {
     "residual_init_scale": ({}, False, "start"),
     "scan_layers": ({}, False, "parameters"),
     "remat": ({}, "full", "program"),
+    "remat_save": (SAVE, ("key", "mlp_up"), "program"),
     "attention_kernel": ({}, "xla", "program"),
 }
 CHOICES = [  # the other values of keys with several
@@ -93,6 +101,8 @@ CHOICES = [  # the other values of keys with several
     ("bias", dict(norm="layernorm", bias="qkv"), "all", "parameters"),
     ("remat", dict(remat="full"), "dots", "program"),
     ("remat", dict(remat="dots"), "dots_no_batch", "program"),
+    ("remat", dict(remat="full", remat_save=("query",)), "names", "program"),
+    ("remat_save", SAVE, ("query=host",), "program"),
 ]
 REFUSED = {"family": "encoder", "attention_kernel": "cudnn"}  # by the config, on this machine
 
@@ -112,7 +122,8 @@ def leaf_keys(cls, prefix=""):
 
 
 def test_every_key_has_a_case():
-    assert KEYS.keys() | {"family"} == set(leaf_keys(DecoderConfig))
+    objective = {"moe.balance_loss", "moe.router_z_loss"}  # test_keys.py
+    assert KEYS.keys() | {"family"} | objective == set(leaf_keys(DecoderConfig))
 
 
 @dataclasses.dataclass(eq=False)

@@ -168,7 +168,8 @@ class Decoder(nn.Module):
         if cache_length:
             mask = AttentionMask(positions, jnp.arange(cache_length), window=cfg.sliding_window)
         else:
-            mask = AttentionMask(index, index, segment_ids, segment_ids, window=cfg.sliding_window)
+            places = (index, index, segment_ids, segment_ids)
+            mask = AttentionMask(*places, window=cfg.sliding_window, in_order=order is None)
 
         embedding = self._table("embedding", padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._token_init())
         x = embedding(tokens)

@@ -20,6 +20,7 @@ from llm_jax.data import loader, store
 from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import flops, registry
+from llm_jax.models.attention import choose_kernel
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -89,6 +90,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     """Mesh, data, model, optimizer, state: everything before the first step. `stack` closes what must be closed."""
     check_devices(cfg, jax.device_count())
     layout = sharding.make_layout(cfg.mesh)
+    check_attention(cfg, layout, jax.default_backend())
 
     distributed.on_main(lambda: store.prepare(cfg.data))  # tokenized where it is missing; then all open it
     stores = store.prepare(cfg.data)
@@ -200,6 +202,20 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
     return state
 
 
+def check_attention(cfg: Config, layout: Layout, platform: str) -> None:
+    """Refuse an attention back end that lacks something that training or evaluation asks of it."""
+    for dropout in {False, cfg.model.dropout.attention > 0}:
+        choose_kernel(
+            cfg.model,
+            layout,
+            segments=cfg.data.mask_documents,
+            length=cfg.data.sequence_length,
+            dtype=cfg.precision.compute,
+            dropout=dropout,
+            platform=platform,
+        )
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -308,6 +324,7 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     num_devices = jax.device_count() if -1 in sizes else math.prod(sizes)
     check_devices(cfg, num_devices)
     layout = sharding.abstract_layout(cfg.mesh, num_devices)
+    check_attention(cfg, layout, jax.default_backend())
     cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
