@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny import QUICK, mesh_layout
+from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers, packed
 
 from llm_jax.config.pipeline import bubble, check_pipeline
 from llm_jax.errors import ConfigError
 from llm_jax.models.pipeline import pipeline
+from llm_jax.objectives.language import LanguageObjective
 from llm_jax.sharding import Layout
+from llm_jax.training import step
 
 LENGTH, WIDTH, HIDDEN = 4, 8, 16
 AXES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}
@@ -284,3 +286,60 @@ def test_refusals(sizes, words):
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1, 3, 1), (8, 4, 1, 2, 8, 4), (8, 4, 2, 4, 16, 4), (8, 8, 1, 5, 5, 1)])
 def test_what_can_run(sizes):
     check_pipeline(*sizes)
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+
+SMALL = dict(num_layers=4, num_heads=4, head_dim=4, embed_dim=16, mlp_dim=16, vocab_multiple=16)
+MODELS = {
+    "rotary": decoder(**SMALL, remat="full", dropout=dict(embedding=0.1, attention=0.1, mlp_output=0.1)),
+    "relative": decoder(**SMALL, positions="relative", relative_buckets=8, relative_max_distance=16),
+    "experts": decoder(**SMALL, remat="dots", moe=dict(num_experts=4, top_k=2, balance_loss=0.1)),
+}
+ROWS = 16
+
+
+def gradient(name, layout, accumulation=1):
+    """The gradient of a whole model's loss, its terms and its weight, over packed rows in float64."""
+    model = build(MODELS[name], layout, "float64")
+    objective = LanguageObjective(moe=model.cfg.moe, num_layers=4)
+    params = numbers(model)
+    shardings = layout.parameter_shardings(model.shapes(), model.axes())
+    if layout.mesh is not None:
+        params = jax.device_put(params, shardings)
+
+    def run(params, batch):
+        options = dict(layout=layout, seed=3, step=jnp.int32(7), accumulation=accumulation)
+        return step.gradients(model, objective, params, batch, **options)
+
+    run = jax.jit(run, out_shardings=(shardings, None, None), compiler_options=QUICK)
+    return run(params, layout.put_batch(packed(ROWS, 8), ROWS))
+
+
+@functools.cache
+def on_one_device(name):
+    return jax.tree.map(np.asarray, gradient(name, Layout()))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "accumulation"),
+    [
+        ("rotary", dict(stage=4), 1),
+        ("rotary", dict(stage=2, stage_repeats=2, data=2, fsdp=2), 2),
+        ("rotary", dict(stage=2, sequence=2, tensor=2, stage_microbatches=8), 1),
+        ("relative", dict(stage=2, stage_repeats=2, stage_microbatches=4, tensor=2), 1),
+        ("relative", dict(stage=4, sequence=2), 2),
+        ("experts", dict(stage=2, stage_repeats=2, expert=2), 1),
+    ],
+    ids=str,
+)
+def test_whole_models_give_the_gradient_of_one_device(x64, capfd, name, mesh, accumulation):
+    """With the same dropout, packed rows and routing."""
+    assert_close(gradient(name, mesh_layout(**mesh), accumulation), on_one_device(name), atol=1e-10)
+    assert "full rematerialization" not in capfd.readouterr().err
+
+
+def test_rows_that_do_not_split_are_refused():
+    model = build(MODELS["rotary"], mesh_layout(stage=2, stage_microbatches=4))
+    with pytest.raises(ValueError, match="6 rows do not split into the 4 micro-batches of mesh.stage_microbatches"):
+        jax.eval_shape(model.apply, model.shapes(), jnp.zeros((6, 8), jnp.int32))

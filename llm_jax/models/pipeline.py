@@ -63,7 +63,12 @@ def pipeline(
 
     Returns:
       x (B, T, D), and routing, leaves (B, ...), summed over the layers.
+
+    Raises:
+      ValueError: the rows do not split into M micro-batches.
     """
+    if len(x) % microbatches:
+        raise ValueError(f"{len(x)} rows do not split into the {microbatches} micro-batches of mesh.stage_microbatches.")
     turns = repeats * microbatches  # of each stage; the loop has S - 1 more
     depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
     first = jax.tree.map(lambda p: jax.eval_shape(lambda p: p[0], p), (params, keys))

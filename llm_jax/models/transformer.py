@@ -1,5 +1,6 @@
 """A transformer block, which reads as its equation, and the stack of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
 from llm_jax.models.moe import MoE
+from llm_jax.models.pipeline import pipeline
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -113,7 +115,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """`num_layers` blocks: one compiled block looped over stacked parameters (`scan_layers`), or each on its own."""
+    """`num_layers` blocks: one compiled block looped over stacked parameters (`scan_layers`), or each on its own.
+
+    On a mesh with stages the loop is a pipeline. Not so with a cache: each layer's parameters go to all stages then.
+    """
 
     cfg: DecoderConfig
     layout: Layout
@@ -139,6 +144,8 @@ class Stack(nn.Module):
                 x, routing = block(*fields, name=f"block_{layer}")(x, layer_key, shared)
                 routings.append(routing)
             return x, jax.tree.map(lambda *parts: sum(parts), *routings)
+        if self.layout.stages > 1 and not cache_length and not self.is_initializing():
+            return self._pipeline(x, keys, shared)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "cache": 0},
@@ -149,3 +156,37 @@ class Stack(nn.Module):
         )
         x, routings = scanned(*fields, name="blocks")(x, keys, shared)
         return x, jax.tree.map(lambda parts: parts.sum(0), routings)
+
+    def _pipeline(self, x: jax.Array, keys: jax.Array | None, shared: Shared) -> tuple[jax.Array, Routing | None]:
+        cfg, layout = self.cfg, self.layout
+        module = Block(cfg, layout, self.precision, parent=None)
+        policy = None
+
+        def block(params: Any, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Any]:
+            return module.apply({"params": params}, x, key, shared)
+
+        if cfg.remat != "none":
+            policy = remat_policy(cfg)
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return pipeline(
+            block,
+            self.get_variable("params", "blocks"),
+            x,
+            keys,
+            shared,
+            batched=has_rows(shared),
+            policy=policy,
+            stages=layout.stages,
+            repeats=layout.stage_repeats,
+            microbatches=layout.stage_microbatches,
+            layout=layout,
+        )
+
+
+def has_rows(shared: Shared) -> Shared:
+    """For each array of `shared`, whether it has an axis of the batch's rows."""
+    mask, rows = shared.mask, len(shared.rows)
+    found = jax.tree.map(lambda _: True, shared)
+    indices = {name: getattr(mask, name).ndim == 2 for name in ("query_index", "key_index")}
+    bias = None if shared.bias is None else len(shared.bias) == rows
+    return dataclasses.replace(found, mask=dataclasses.replace(found.mask, **indices), bias=bias)
