@@ -20,7 +20,7 @@ from llm_jax.generation.sampling import filtered
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
-from llm_jax.sharding import Layout, abstract_layout
+from llm_jax.sharding import Layout, abstract_layout, make_layout
 from llm_jax.training import checkpoint, optim, train
 from llm_jax.training import state as train_state
 from llm_jax.training.step import make_train_step
@@ -103,16 +103,21 @@ def updates(cfg, folder):
     return found
 
 
-def program(cfg, folder):
+def meshed(cfg, folder):
+    """The step of training, as it is traced for eight devices."""
+    return program(cfg, folder, abstract_layout(cfg.mesh, 8))
+
+
+def program(cfg, folder, layout=Layout()):  # noqa: B008
     """The step of training, as it is traced."""
-    model = model_of(cfg, Layout())
+    model = model_of(cfg, layout)
     tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
-    state = train_state.abstract(model, tx, Layout(), ema=cfg.train.ema_decay > 0)
+    state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
     shape = (cfg.train.global_batch_size, cfg.data.sequence_length)
     whole = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     objective = LanguageObjective.make(cfg)
     step = make_train_step(
-        model, objective, tx, optim.learning_rate(cfg.optim, 20), Layout(), state,
+        model, objective, tx, optim.learning_rate(cfg.optim, 20), layout, state,
         seed=cfg.seed, accumulation=cfg.train.accumulation, ema_decay=cfg.train.ema_decay,
     )  # fmt: skip
     return str(jax.make_jaxpr(step)(state, whole | {"loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32)}))
@@ -127,8 +132,14 @@ def shards(cfg, folder):
     layout = abstract_layout(cfg.mesh, 8)
     model = model_of(cfg, layout)
     tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
-    state = train_state.abstract(model, tx, layout, ema=False)
-    return [str(x.sharding.spec) for x in jax.tree.leaves(state)], layout.mesh.shape, layout.batch_sharding()
+    state = train_state.abstract(model, tx, layout, ema=False, offload=cfg.optim.offload)
+    held = [(str(x.sharding.spec), x.sharding.memory_kind) for x in jax.tree.leaves(state)]
+    return held, layout.mesh.shape, layout.batch_sharding()
+
+
+def places(cfg, folder):
+    """Which device stands where in the mesh."""
+    return [device.id for device in make_layout(cfg.mesh).mesh.devices.flat]
 
 
 def devices(cfg, folder):
@@ -237,7 +248,8 @@ WARM = ("optim.warmup_steps=4",)
 WSD = ("optim.schedule=wsd",)
 LINES = ("data.path=PATH/lines.txt", "data.separator=\n")
 FIT = ("data.packing=best_fit",)
-ONE = "data.mixture.a."
+EXPERTS = ("model.moe.num_experts=4",)
+STAGES = ("mesh.stage=2", "mesh.data=1", "mesh.fsdp=-1", "model.num_layers=4", "train.global_batch_size=16")
 
 # key: (observer, new value, what the base has besides)
 KEYS = {
@@ -298,7 +310,17 @@ KEYS = {
     "optim.normalize_gradients": (updates, True, "optim.name=sgd"),
     "optim.lr_multipliers": (updates, ".*scale=2.0"),
     "optim.freeze": (updates, ".*scale"),
+    "optim.offload": (shards, ".*"),
+    "model.moe.balance_loss": (program, 0.5, *EXPERTS),
+    "model.moe.router_z_loss": (program, 0.5, *EXPERTS),
+    "mesh.stage": (shards, 2, "model.num_layers=2"),
+    "mesh.stage_microbatches": (meshed, 4, *STAGES),
+    "mesh.stage_repeats": (meshed, 2, *STAGES),
     "mesh.data": (shards, 2, "mesh.data=1", "mesh.fsdp=-1"),
+    "mesh.expert": (shards, 2, *EXPERTS),
+    "mesh.across_slices": (places, "tensor=2", "mesh.tensor=2", "model.vocab_multiple=2"),
+    "mesh.gradient_rules": (meshed, "mlp=data"),
+    "mesh.activation_rules": (meshed, "residual_length=tensor"),
     "mesh.fsdp": (shards, 2),
     "mesh.sequence": (shards, 2),
     "mesh.tensor": (shards, 2, "model.vocab_multiple=2"),
