@@ -12,7 +12,7 @@ row, n tokens of a device, p (token, choice) pairs, m rows of a grouped product.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -263,7 +263,7 @@ def dropless(
       (B, T, D) in the dtype of x; 0 for padding.
     """
     if layout.mesh is None:
-        return _dropless_local(x, weights, experts, bank, activation=activation, split=None)
+        return _dropless_local(x, weights, experts, bank, activation=activation, split=None)[0]
     split = Split(layout)
     batch, length = (layout.activation_pieces(axis) for axis in ("batch", "length"))
     padding = ((0, -x.shape[0] % batch), (0, -x.shape[1] % length), (0, 0))  # none but in small batches of generation
@@ -272,13 +272,16 @@ def dropless(
         jnp.pad(weights, padding),
         jnp.pad(experts, padding, constant_values=len(bank.up)),
     )
-    y = jax.shard_map(
+    # What varies over which axis is not tracked (check_vma): the erf of jax 0.12 does not pass. So nothing is summed
+    # over "mlp" inside, where the gradient would be summed as well: each device returns its part.
+    parts = jax.shard_map(
         functools.partial(_dropless_local, activation=activation, split=split),
         mesh=layout.mesh,
         in_specs=(split.tokens, split.tokens, split.tokens, split.bank(bank)),
-        out_specs=split.tokens,
+        out_specs=PartitionSpec(split.axes("mlp"), *split.tokens),
+        check_vma=False,
     )(*padded, bank)
-    return y[: x.shape[0], : x.shape[1]]
+    return jax.lax.reduce_sum(parts, axes=(0,))[: x.shape[0], : x.shape[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,12 +297,6 @@ class Split:
     @property
     def tokens(self) -> PartitionSpec:
         return PartitionSpec(self.axes("batch"), self.axes("length"))
-
-    @property
-    def varying(self) -> tuple[str, ...]:
-        """The axes whose devices do different work."""
-        used = {name for axis in ("batch", "length", "expert", "mlp") for name in self.axes(axis)}
-        return tuple(name for name in self.layout.mesh.axis_names if name in used)
 
     @property
     def embed(self) -> tuple[str, ...]:
@@ -319,21 +316,11 @@ class Split:
         """On one device: its experts with all of "embed"."""
 
         def gather(x: jax.Array | None, names: tuple[str, ...]) -> jax.Array | None:
-            if x is None:
-                return None
-            own = [axis for name in names if name != "embed" for axis in self.axes(name)]
-            if self.embed and "embed" in names:
-                x = jax.lax.all_gather(x, self.embed, axis=names.index("embed"), tiled=True)
-                own += self.embed
-            return self.vary(x, own)
+            if x is None or not self.embed or "embed" not in names:
+                return x
+            return jax.lax.all_gather(x, self.embed, axis=names.index("embed"), tiled=True)
 
         return Bank(*map(gather, bank, BANK_AXES))
-
-    def vary(self, x: jax.Array, own: Sequence[str]) -> jax.Array:
-        """`x`, split over `own` so far, as an array that is each device's own: its gradient is summed over those
-        devices that share it."""
-        shared = tuple(name for name in self.varying if name not in own)
-        return jax.lax.pcast(x, shared, to="varying") if shared else x
 
 
 def _dropless_local(
@@ -345,13 +332,11 @@ def _dropless_local(
     activation: Activation,
     split: Split | None,
 ) -> jax.Array:
-    """On one device: its tokens (b, t, d), its experts with their share of the width."""
+    """(1, b, t, d): what a device's experts, with their share of the width, make of its tokens (b, t, d)."""
     shape, k = x.shape, weights.shape[-1]
     parts = 1
     if split is not None:
         parts = split.layout.activation_pieces("expert")
-        own = split.axes("batch") + split.axes("length")
-        x, weights, experts = (split.vary(a, own) for a in (x, weights, experts))
         bank = split.gathered(bank)
         if bank.down_bias is not None and split.axes("mlp"):  # the sum over "mlp" must hold it once
             first = jax.lax.axis_index(split.axes("mlp")) == 0
@@ -370,10 +355,8 @@ def _dropless_local(
         exchange = Exchange(split.axes("expert"), parts, len(x) * min(k, local_experts))
         done = exchange.run(rows, pairs, run)
     done = done[pairs.place].reshape(len(x), k, -1)
-    y = wide_einsum("nk,nkd->nd", weights.astype(x.dtype), done).astype(x.dtype).reshape(shape)
-    if split is not None and split.axes("mlp"):
-        y = jax.lax.psum(y, split.axes("mlp"))
-    return y
+    y = wide_einsum("nk,nkd->nd", weights.astype(x.dtype), done)
+    return y.astype(x.dtype).reshape(1, *shape)
 
 
 # ------------------------------------------------------------------------------------------------ capacity

@@ -1,5 +1,7 @@
 """A mixture of experts in place of a block's MLP (Shazeer et al. 2017, arXiv 1701.06538)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,13 +42,12 @@ class MoE(nn.Module):
         """
         moe, layout = self.cfg.moe, self.layout
         weights, experts, routing = route(self._logits(x), segment_ids, moe.top_k, renormalize=moe.renormalize)
-        bank = self._bank(x)
+        bank, activation = self._bank(x), functools.partial(activate, self.cfg.activation)
         if not moe.capacity_factor or not drop:
-            y = dropless(x, weights, experts, bank, self._activation, layout)
+            y = dropless(x, weights, experts, bank, activation, layout)
         else:
-            y, dropped = capacity(
-                x, weights, experts, bank, self._activation, layout, factor=moe.capacity_factor, places=places
-            )
+            factor = moe.capacity_factor
+            y, dropped = capacity(x, weights, experts, bank, activation, layout, factor=factor, places=places)
             routing = routing._replace(dropped=dropped.astype(routing.z.dtype))
         routing = Routing(*(layout(sums, "batch") for sums in routing))
         return layout(y, "batch", "length", "embed"), routing
@@ -80,9 +81,6 @@ class MoE(nn.Module):
             if bias is not None:
                 parameters[f"{name}_bias"] = bias.astype(x.dtype)
         return Bank(**parameters)
-
-    def _activation(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-        return activate(self.cfg.activation, up, gate)
 
 
 class ExpertLinears(nn.Module):
