@@ -47,8 +47,9 @@ def draw(layers, rows):
         "down": 0.3 * rng.normal(size=(layers, HIDDEN, WIDTH)),
     }
     shared = {"gain": rng.normal(size=rows), "place": rng.normal(size=LENGTH)}
-    d_out = rng.normal(size=(rows, LENGTH, WIDTH)), {"square": rng.normal(size=rows), "kinds": rng.normal(size=(rows, 3))}
-    return (params, rng.normal(size=(rows, LENGTH, WIDTH)), shared), d_out
+    d_routing = {"square": rng.normal(size=rows), "kinds": rng.normal(size=(rows, 3))}
+    x, d_x = rng.normal(size=(2, rows, LENGTH, WIDTH))
+    return (params, x, shared), (d_x, d_routing)
 
 
 def results(stack, arrays, numbers, d_out):
@@ -157,7 +158,10 @@ def test_with_other_mesh_axes(x64, capfd, mesh, repeats):
 def test_without_a_mesh(x64):
     arrays, d_out = draw(8, 6)
     keys, numbers = jax.random.split(jax.random.key(1), 8), np.arange(6)
-    run = lambda stack: jax.jit(functools.partial(results, stack), compiler_options=QUICK)(arrays, numbers, d_out)  # noqa: E731
+
+    def run(stack):
+        return jax.jit(functools.partial(results, stack), compiler_options=QUICK)(arrays, numbers, d_out)
+
     assert_equal(run(piped(keys, Layout(), 2, 2, 3)), run(loop(keys)))
 
 

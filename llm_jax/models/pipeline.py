@@ -68,7 +68,8 @@ def pipeline(
       ValueError: the rows do not split into M micro-batches.
     """
     if len(x) % microbatches:
-        raise ValueError(f"{len(x)} rows do not split into the {microbatches} micro-batches of mesh.stage_microbatches.")
+        sizes = f"the {microbatches} micro-batches of mesh.stage_microbatches"
+        raise ValueError(f"{len(x)} rows do not split into {sizes}.")
     turns = repeats * microbatches  # of each stage; the loop has S - 1 more
     depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
     first = jax.tree.map(lambda p: jax.eval_shape(lambda p: p[0], p), (params, keys))
@@ -210,8 +211,8 @@ def _send_pieces(p: jax.Array, *, stages: int, repeats: int) -> jax.Array:
 
     Of the R S pieces, device c // R holds piece c, and stage c mod S computes it. They go in R sendings, in each of
     which every device sends one piece and gets one. For that, piece k of device d goes in sending k + d // (S / g)
-    mod R, with g = gcd(R, S): pieces for one stage with the same k lie on g devices that are S / g apart. XLA left alone
-    would gather all layers on every stage.
+    mod R, with g = gcd(R, S): pieces for one stage with the same k lie on g devices that are S / g apart. XLA left
+    alone would gather all layers on every stage.
     """
     apart = stages // math.gcd(repeats, stages)
     me = jax.lax.axis_index("stage")
