@@ -31,7 +31,7 @@ def check_pipeline(num_layers: int, stages: int, repeats: int, microbatches: int
         fix = f"give one of {', '.join(map(str, fits))}" if fits else "set mesh.stage_repeats=1, or mesh.stage=1"
         raise refuse("mesh.stage", stages, reason, fix)
     if repeats > 1 and microbatches < stages:
-        reason = f"the last of mesh.stage = {stages} has not finished the first piece when the first stage needs it again"
+        reason = f"the last of mesh.stage = {stages} has not finished the first piece when it is due again"
         fix = f"give at least {stages}, or mesh.stage_repeats=1"
         raise refuse("mesh.stage_microbatches", microbatches, reason, fix)
     if rows % (microbatches * batch_shards):
