@@ -106,3 +106,12 @@ def test_distance():
     assert np.asarray(AttentionMask(index, index).distance()).tolist() == [[[0, -1, -2], [1, 0, -1], [2, 1, 0]]]
     mask = AttentionMask(jnp.array([[2], [0]]), jnp.arange(2))
     assert np.asarray(mask.distance()).tolist() == [[[2, 1]], [[0, -1]]]
+
+
+def test_rows_in_another_order():
+    """Tokens 0, 3, 1, 2 of a packed row, as they stand."""
+    mask = causal_mask(4, jnp.array([[1, 2, 1, 2]]), order=np.array([0, 3, 1, 2]))
+    assert dense(mask) == [[[1, 0, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 1]]]
+    with pytest.raises(ValueError, match="in order"):
+        mask.check_in_order()
+    causal_mask(4).check_in_order()

@@ -1,4 +1,4 @@
-"""Splash attention in Pallas's interpreter against the reference; that it runs on TPUs alone, and for shapes it can take."""
+"""Splash attention in Pallas's interpreter against the reference; that it runs on TPUs alone, on shapes it can take."""
 
 import functools
 
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from tiny import QUICK, mesh_layout
 
+from llm_jax.config import MeshConfig
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import AttentionOptions, select
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask, causal_mask
-from llm_jax.kernels.splash import splash_attention
+from llm_jax.kernels.splash import band, splash_attention
 from llm_jax.kernels.split import Split
-from llm_jax.sharding import Layout
+from llm_jax.sharding import Layout, make_layout
 
 LENGTH = 256  # two blocks of the smallest size
 BORDERS = (0, 40, 130, 131, 240)  # segments that cross the blocks' border; the last is padding
@@ -70,6 +71,16 @@ def test_the_reference(packed, window, kv_heads):
     check(Split(), draw(kv_heads=kv_heads), mask, softcap, with_sinks=packed == (kv_heads == 1))
 
 
+@pytest.mark.parametrize("window", [0, 1, 130])
+def test_the_mask_of_blocks_is_the_mask(window):
+    """Blocks that are as far from the diagonal as another are not worked out again."""
+    mask = band(384, window)
+    expected = np.asarray(causal_mask(384, window=window).dense()[0])
+    blocks = [[mask[slice(i, i + 128), slice(j, j + 128)] for j in (0, 128, 256)] for i in (0, 128, 256)]
+    assert (np.block(blocks) == expected).all()
+    assert blocks[2][1] is blocks[1][0]
+
+
 def test_both_ways():
     index = jnp.arange(LENGTH)
     mask = AttentionMask(index, index, segments(), segments(), causal=False, in_order=True)
@@ -84,6 +95,28 @@ def test_bfloat16():
 def test_rows_and_heads_on_several_devices():
     split = Split.of(mesh_layout(fsdp=2, tensor=2))
     check(split, draw(rows=2, heads=4, kv_heads=2), causal_mask(LENGTH, segments(2)))
+
+
+def test_under_vmap_over_stages():
+    """As a pipeline runs its blocks: every stage on rows of its own."""
+    layout = make_layout(MeshConfig(stage=2, data=1, fsdp=2, tensor=2), jax.devices())
+    splash = functools.partial(splash_attention, split=Split.of(layout), interpret=True)
+    arrays = [jnp.stack([x, -x]) for x in draw(rows=2, heads=4, kv_heads=2)]
+    ids = jnp.stack([segments(2), jnp.ones_like(segments(2))])
+
+    def gradient(attend, stages):
+        def stage(query, key, value, sinks, ids):
+            real = (ids != 0)[..., None, None]
+            return attend(query, key, value, causal_mask(LENGTH, ids), sinks=sinks) * real
+
+        def loss(*arrays):
+            return jnp.square(stages(stage)(*arrays, ids)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)), compiler_options=QUICK)(*arrays)
+
+    found = gradient(splash, functools.partial(jax.vmap, spmd_axis_name="stage"))
+    expected = gradient(reference_attention, jax.vmap)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), found, expected)
 
 
 def test_rows_in_another_order_are_refused():

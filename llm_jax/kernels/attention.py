@@ -61,7 +61,7 @@ class AttentionOptions:
 
 CAPABILITIES = ("segments", "window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa")
 
-# ------------------------------------------------------------------------------------------------ what shapes each takes
+# ------------------------------------------------------------------------------------------------ shapes
 
 SAME_SPLIT = "key-value heads that are split as the heads are (mesh.activation_rules)"
 

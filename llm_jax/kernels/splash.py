@@ -1,14 +1,18 @@
-"""Splash attention: the flash attention for TPUs that comes with JAX, which skips the blocks of scores that a mask rules out.
+"""Splash attention: JAX's own flash attention for TPUs, which skips the blocks of scores that a mask rules out.
 
 It is written in Pallas (jax.experimental.pallas.ops.tpu.splash_attention). XLA cannot split a Pallas kernel, so each
 device runs it on its own rows and heads.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
-    CausalMask,
     FullMask,
     LocalMask,
     MultiHeadMask,
@@ -56,12 +60,7 @@ def splash_attention(
         query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, sinks: jax.Array | None
     ) -> jax.Array:
         _, length, heads, size = query.shape
-        kernel = make_splash_mha_single_device(
-            MultiHeadMask([_static_mask(mask, length)] * heads),
-            block_sizes=_block_sizes(length),
-            attn_logits_soft_cap=softcap or None,
-            interpret=interpret,
-        )
+        kernel = _kernel(length, heads, mask.causal, mask.window, softcap, interpret)
         # Segment 0 sees itself here, as any other: the softmax of a row that sees nothing would be 0 / 0.
         ids = None if segments is None else SegmentIds(segments, segments)
         query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * size**-0.5, key, value))
@@ -73,11 +72,40 @@ def splash_attention(
     return split.run(local, specs, split.heads)(query, key, value, mask.query_segments, sinks)
 
 
-def _static_mask(mask: AttentionMask, length: int) -> CausalMask | FullMask | LocalMask:
-    shape = (length, length)
-    if mask.window:
-        return LocalMask(shape, window_size=(mask.window - 1, 0), offset=0)
-    return CausalMask(shape) if mask.causal else FullMask(shape)
+@functools.lru_cache(maxsize=8)
+def _kernel(
+    length: int, heads: int, causal: bool, window: int, softcap: float, interpret: bool
+) -> Callable[..., jax.Array]:
+    """The kernel for one row. It goes through all blocks of the mask first, in Python, so it is made once."""
+    mask = band(length, window) if causal or window else FullMask((length, length))
+    with jax.ensure_compile_time_eval():  # its tables are arrays, not parts of the trace that made it
+        return make_splash_mha_single_device(
+            MultiHeadMask([mask] * heads),
+            block_sizes=_block_sizes(length),
+            attn_logits_soft_cap=softcap or None,
+            interpret=interpret,
+        )
+
+
+def band(length: int, window: int) -> LocalMask:
+    """The causal mask of a row, where `window` is not 0 of the last `window` keys alone."""
+    return _Diagonals((length, length), window_size=(window - 1 if window else None, 0), offset=0)
+
+
+class _Diagonals(LocalMask):
+    """A block of scores depends on its distance from the diagonal alone, so each kind is worked out once: of a LocalMask
+    of 131,072 tokens that would take minutes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = index
+        kind = (rows.start - columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        if kind not in self._blocks:
+            self._blocks[kind] = super().__getitem__(index)
+        return self._blocks[kind]
 
 
 def _block_sizes(length: int) -> BlockSizes:

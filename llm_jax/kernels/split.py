@@ -1,4 +1,4 @@
-"""Over which mesh axes the arrays of an attention are split: what back ends that run on each device by themselves need."""
+"""Over which mesh axes the arrays of an attention are split, for back ends that each device runs by itself."""
 
 import dataclasses
 import math
