@@ -1,11 +1,12 @@
 """What the partitioner makes of a train step: its collectives, by kind, mesh axes and count.
 
-A process of its own (`python tests/collectives.py CELL ...`) has 512 fake CPU devices, compiles each cell's step for as
-many of them as it names and reads the module as it leaves the SPMD partitioner: from there on CPU's passes, which merge
-collectives and know no reduce-scatter, are not those of an accelerator.
+A process of its own (`python tests/collectives.py CELL`) has 512 fake CPU devices, compiles a cell's step for as many
+of them as its mesh has, and reads the module as it leaves the SPMD partitioner: from there on CPU's passes, which
+merge collectives and know no reduce-scatter, are not those of an accelerator.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,8 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+
+from llm_jax.config import Config, check, check_devices, load
+from llm_jax.config.checks import MESH_AXES
+from llm_jax.sharding import make_layout
+from llm_jax.training.lower import lower_step
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 PASSED_ON = ("copy", "convert", "reshape", "bitcast", "transpose", "tuple")  # what may stand before the slice is taken
@@ -27,7 +36,7 @@ class Collective:
 
     kind: str
     axes: str  # of the mesh, as "data+fsdp"
-    shape: tuple[int, ...]  # of the result
+    shape: tuple[int, ...]  # of the result; of a reduce-scatter, before each device keeps its part
     dtype: str
     loop: bool
     backward: bool
@@ -88,6 +97,7 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
     computations, loops = parse(text)
     found = []
     for name, instructions in computations.items():
+        by_name = {instruction.name: instruction for instruction in instructions}
         users: dict[str, list[Instruction]] = {}
         for instruction in instructions:
             for operand in instruction.operands:
@@ -98,10 +108,11 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
                 continue
             if kind == "all-reduce" and keeps_a_slice(one, users):
                 kind = "reduce-scatter"
+            shape = by_name[one.operands[0]].shape if one.opcode == "reduce-scatter" else one.shape
             where = re.search(r'op_name="([^"]*)"', one.rest)
             path = where[1] if where else ""
             axes = axes_of(one.rest, mesh)
-            found.append(Collective(kind, axes, one.shape, one.dtype, name in loops, "transpose(" in path, path))
+            found.append(Collective(kind, axes, shape, one.dtype, name in loops, "transpose(" in path, path))
     return found
 
 
@@ -138,9 +149,8 @@ def coordinates(device: int, mesh: dict[str, int]) -> dict[str, int]:
 
 def replica_groups(rest: str) -> list[list[int]]:
     """The groups of devices, of whichever of XLA's three spellings: lists, [4,2]<=[8], mesh['a'=4,'b'=2] {'b'}."""
-    import numpy as np
 
-    def iota(shape: str, order: str | None) -> "np.ndarray":
+    def iota(shape: str, order: str | None) -> np.ndarray:
         sizes = [int(n) for n in shape.split(",")]
         devices = np.arange(math.prod(sizes)).reshape(sizes)
         return devices.transpose([int(n) for n in order.split(",")]) if order else devices
@@ -163,8 +173,43 @@ def replica_groups(rest: str) -> list[list[int]]:
 
 def counts(found: list[Collective]) -> dict[str, dict[str, int]]:
     """{"all-gather": {"fsdp": 17}, ...}: how many instructions of each kind, by the mesh axes they go over."""
-    table = Counter((one.kind, one.axes) for one in found if one.axes)
-    return {kind: {axes: n for (k, axes), n in sorted(table.items()) if k == kind} for kind in KINDS}
+    table: dict[str, dict[str, int]] = {}
+    for one in sorted(found, key=lambda one: (KINDS.index(one.kind), one.axes)):
+        if one.axes:  # else a group of one device
+            kind = table.setdefault(one.kind, {})
+            kind[one.axes] = kind.get(one.axes, 0) + 1
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------ the cells
+
+SPLIT_RESIDUAL = "mesh.activation_rules=residual_length=sequence+tensor"
+LONG_ROWS = (
+    "data.sequence_length=131072",
+    "train.global_batch_size=128",
+    "mesh.fsdp=64",
+    "mesh.sequence=8",
+)  # two a device
+
+# By name: a config with its machine, and overrides. The first two are small enough for the default suite.
+CELLS = {
+    "llama3-8b 64 data+fsdp": ("llama3/8b:h100x64", ()),
+    "mixtral-8x7b 32 fsdp+expert": ("mixtral/8x7b:v5p-64", ()),
+    "llama2-7b 512 fsdp": ("llama2/7b:v5p-1024", ()),
+    "llama3-70b 512 data+fsdp": ("llama3/70b:v5p-1024", ("mesh.data=8", "mesh.fsdp=64")),
+    "llama3-405b 512 fsdp": ("llama3/405b:h100x512", ()),
+    "llama3-405b 256 fsdp+tensor": ("llama3/405b:v6e-256", ()),
+    "llama3-405b 512 fsdp+tensor": ("llama3/405b:v5p-1024", ("mesh.fsdp=64", "mesh.tensor=8", SPLIT_RESIDUAL)),
+    "mixtral-8x22b 512 fsdp+expert": ("mixtral/8x22b:h100x512", ()),
+    "llama3-8b 512 fsdp+ring": ("llama3/8b:v5p-1024", (*LONG_ROWS, "model.attention_kernel=ring")),
+    "llama3-8b 512 fsdp+all_to_all": ("llama3/8b:v5p-1024", (*LONG_ROWS, "model.attention_kernel=all_to_all")),
+    "llama3-70b 512 stage+fsdp": (
+        "llama3/70b:v5p-1024",
+        ("mesh.stage=4", "mesh.fsdp=128", "mesh.stage_microbatches=8", "train.accumulation=1"),
+    ),
+}
+QUICK = tuple(CELLS)[:2]
+SLOW = tuple(CELLS)[2:]
 
 
 # ---------------------------------------------------------------------------------------- the process of its own
@@ -172,55 +217,48 @@ def counts(found: list[Collective]) -> dict[str, dict[str, int]]:
 DEVICES = 512
 
 
-def measure(specs: list[tuple[str, tuple[str, ...]]]) -> list[dict]:
-    """For each (config, overrides): seconds, mesh sizes, and the collectives as dicts. Runs another process."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, __file__, json.dumps(specs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+@functools.cache
+def measure(cell: str) -> dict:
+    """Seconds, mesh sizes, what the partitioner warned of, and the collectives. Runs another process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__, cell], env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
-    assert "rematerialization" not in done.stderr, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    warnings = [line for line in done.stderr.splitlines() if "rematerialization" in line]
+    moved = [Collective(**one | {"shape": tuple(one["shape"])}) for one in found["collectives"]]
+    return found | {"collectives": moved, "warnings": warnings}
 
 
-def compile_one(spec: str, overrides: list[str]) -> dict:
-    import jax
-
-    from llm_jax.config import check, check_devices, load
-    from llm_jax.config.checks import MESH_AXES
-    from llm_jax.sharding import make_layout
-    from llm_jax.training.lower import lower_step
-
+def cell_config(cell: str) -> tuple[Config, int]:
+    """The checked config of a cell, and the devices of its mesh."""
+    spec, overrides = CELLS[cell]
     cfg = load(spec, overrides)
     check(cfg)
+    devices = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
+    check_devices(cfg, devices)
+    return cfg, devices
+
+
+def compile_cell(cell: str) -> dict:
+    cfg, devices = cell_config(cell)
     began = time.monotonic()
-    number = math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES)
-    check_devices(cfg, number)
-    layout = make_layout(cfg.mesh, jax.devices()[:number])
+    layout = make_layout(cfg.mesh, jax.devices()[:devices])
     lowered = lower_step(cfg, layout)
     after = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        options = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_pass_re": "spmd-partitioning",
-            "xla_backend_optimization_level": 0,
-        }
-        if jax.__version_info__ < (0, 11):
-            options["xla_cpu_use_fusion_emitters"] = False
-        lowered.compile(compiler_options=options)
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        lowered.compile(compiler_options=options | tiny.QUICK)
         (file,) = Path(folder).glob("*train_step*after_spmd-partitioning*")
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     mesh = {axis: layout.mesh.shape[axis] for axis in MESH_AXES}
     return {
-        "spec": spec,
         "mesh": mesh,
-        "lower_seconds": round(after - began, 2),
-        "compile_seconds": round(time.monotonic() - after, 2),
+        "lower_seconds": round(after - began, 1),
+        "compile_seconds": round(time.monotonic() - after, 1),
         "collectives": [dataclasses.asdict(one) for one in collectives(text, mesh)],
     }
 
 
 if __name__ == "__main__":
-    import jax
-
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    print(json.dumps([compile_one(spec, overrides) for spec, overrides in json.loads(sys.argv[1])]))
+    print(json.dumps(compile_cell(sys.argv[1])))
