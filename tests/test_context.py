@@ -242,9 +242,7 @@ def test_the_ring_leaves_out_what_no_query_sees():
     query, key, value, d_out = draw(dtype="float32")
     value = value.at[:, 12:].set(np.nan)
     attend = on_mesh("ring", mesh_layout(sequence=4))
-    found = numbers(
-        attend, (query, key, value, d_out.at[:, 12:].set(0)), make_mask()
-    )
+    found = numbers(attend, (query, key, value, d_out.at[:, 12:].set(0)), make_mask())
     assert np.isfinite(found["out"][:, :12]).all() and np.isnan(found["out"][:, 12:]).all()
 
 

@@ -327,7 +327,7 @@ def _where_seen(
         groups = queries[1].shape[2] // seen.shape[1]
         return update(sums, queries[1:], keys[1:], jnp.repeat(seen, groups, axis=1)[:, None], softcap)
 
-    # Under vmap the condition becomes a selection: all tiles are worked out, and the result is the same.
+    # Under a vmap over masks (packed rows in a pipeline) the condition becomes a selection: all tiles are worked out.
     return jax.lax.cond(seen.any(), run, lambda sums, *_: sums, sums, seen, queries, keys)
 
 

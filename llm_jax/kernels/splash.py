@@ -93,8 +93,8 @@ def band(length: int, window: int) -> LocalMask:
 
 
 class _Diagonals(LocalMask):
-    """A block of scores depends on its distance from the diagonal alone, so each kind is worked out once: of a LocalMask
-    of 131,072 tokens that would take minutes."""
+    """A block of scores depends on its distance from the diagonal alone, so each kind is worked out once: all of a
+    LocalMask of 131,072 tokens would take minutes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
