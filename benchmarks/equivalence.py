@@ -1,0 +1,246 @@
+"""The whole equivalence matrix: every mesh with every combination, against one device in float64.
+
+    python -m benchmarks.equivalence [--jobs=2] [--only=TEXT] [--results=FILE] [--table=FILE]
+
+`tests/equivalence.py` says what a cell is and how it is compared; the tests run a covering array of the same cells. Each
+worker is a process with eight fake CPU devices. A finished cell is a line of the results file (JSON), with a hash of the
+code that it ran: a run that was stopped goes on where it stood, and cells of other code are run again. At the end the
+table is written from all lines of the present code. About 45 minutes on one free core.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax, here and in the workers
+os.environ.setdefault("NPROC", "8")  # XLA's CPU collectives need a thread for each fake device
+
+import jax  # noqa: E402
+import rich.progress  # noqa: E402
+from equivalence import (  # noqa: E402
+    DEVICES,
+    GRADIENT_TOLERANCE,
+    LENGTH,
+    LOSS_TOLERANCE,
+    MESHES,
+    ROWS,
+    Cell,
+    covering_array,
+    measure,
+    product,
+    refusal,
+)
+
+CELLS_A_WORKER = 60  # then a new process: compiled programs are never given back to the system
+# What a cell runs through; a change elsewhere cannot change a number.
+CODE = ("llm_jax/config", "llm_jax/kernels", "llm_jax/models", "llm_jax/objectives", "llm_jax/sharding.py",
+        "llm_jax/precision.py", "llm_jax/rng.py", "llm_jax/training/step.py", "tests/equivalence.py", "tests/tiny.py")  # fmt: skip
+
+
+def code_version() -> str:
+    """A hash of the files that the cells run through, and JAX's version."""
+    digest = hashlib.sha256(jax.__version__.encode())
+    for name in CODE:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def prepare_worker() -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """The cell's record, in a worker."""
+    try:
+        found = measure(cell)
+        record = dataclasses.asdict(found) | {"passed": found.equal}
+    except Exception as error:  # a crash is a result: the others go on
+        record = {"passed": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+    jax.clear_caches()
+    return {"cell": str(cell), **record}
+
+
+def read(path: Path, code: str) -> dict[str, dict[str, Any]]:
+    """Records of the present code by cell. A line that was cut off as it was written is none."""
+    records = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["code"] == code:
+                records[record["cell"]] = record
+    return records
+
+
+def run_all(cells: list[Cell], path: Path, code: str, jobs: int) -> None:
+    """Runs `cells` and adds a line for each to the results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), prepare_worker, max_tasks_per_child=CELLS_A_WORKER
+    )
+    with path.open("a", encoding="utf-8") as file, progress(len(cells)) as tell:
+        waiting = [pool.submit(run, cell) for cell in cells]
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                record = done.result() | {"code": code}
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                tell(record)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise SystemExit("error: a worker process died; run again with --jobs=1 to see in which cell.") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def in_words(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return f"FAILED {record['cell']}: {record['error'].splitlines()[0]}"
+    figures = f"loss {record['loss_error']:.1e}, gradients {record['gradient_error']:.1e}, {record['seconds']:.1f} s"
+    return f"{'equal' if record['passed'] else 'FAILED'} {record['cell']}: {figures}" + "".join(record["complaints"][:1])
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar on a terminal, with failures above it; elsewhere a line for each cell."""
+    if not sys.stdout.isatty():
+        count = iter(range(1, total + 1))
+        yield lambda record: print(f"[{next(count)}/{total}] {in_words(record)}", flush=True)
+        return
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns) as bar:
+        task = bar.add_task("cells", total=total)
+
+        def tell(record: dict[str, Any]) -> None:
+            if not record["passed"]:
+                bar.console.print(in_words(record), markup=False, highlight=False)
+            bar.advance(task)
+
+        yield tell
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row for each mesh, its 32 combinations summed up."""
+    cells, notes = product(), Notes()
+    rows = [row([cell for cell in cells if cell.mesh == mesh], records, notes) for mesh in MESHES]
+    found = [records[str(cell)] for cell in cells if str(cell) in records]
+    passed = [record for record in found if record["passed"]]
+    refused = sum(bool(refusal(cell)) for cell in cells)
+    missing = len(cells) - refused - len(found)
+    worst = "; no cell was run" if not passed else (
+        f". The largest error of a loss is {largest(passed, 'loss_error')} (allowed {LOSS_TOLERANCE:.0e}), of a gradient "
+        f"{largest(passed, 'gradient_error')} (allowed {GRADIENT_TOLERANCE:.0e})"
+    )  # fmt: skip
+    lines = [
+        "# Any mesh, any combination, equal to one device",
+        "",
+        "    python -m benchmarks.equivalence",
+        "",
+        f"Every mesh of {DEVICES} fake CPU devices with each of 32 combinations: rows packed or not, accumulation 1 or 4, "
+        "layers scanned or not, the loss in chunks or not, a dense MLP or a mixture of experts. Each is the gradient of a "
+        f"whole training batch ({ROWS} rows of {LENGTH} tokens, {ROWS // 4} a micro-batch) in float64, with z-loss, label "
+        "smoothing and the router's terms, against one plain program on one device: no mesh, one batch, reference "
+        "attention, all the logits at once. By turns: both shapes of a pair (2 x 4, 4 x 2), pipelines of one round and of "
+        "two, dropless experts and experts with a capacity.",
+        "",
+        f"**{len(passed)} cells are equal, {len(found) - len(passed)} are not, {refused} are refused when the config is "
+        f"read**{f', {missing} were not run yet' if missing else ''}{worst}.",
+        "",
+        "The loss's error is relative, the largest of its terms and their sum; a gradient's is the norm of its difference "
+        "over the norm of all gradients, the largest of all parameters. A cell in which XLA had to replicate a tensor "
+        "(\"involuntary full rematerialization\") would count as unequal.",
+        "",
+        "| mesh | dense, equal | experts, equal | refused | loss | gradients |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *notes.lines(),
+        *failures(found),
+        f"jax {jax.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+class Notes:
+    """Reasons of refusals, each under a letter: the key, and the message of the first cell."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, str] = {}
+
+    def letter(self, reason: str) -> str:
+        key = reason.partition(" = ")[0]
+        self._messages.setdefault(key, reason)
+        return "abcdefgh"[list(self._messages).index(key)]
+
+    def lines(self) -> list[str]:
+        listed = [f"- {self.letter(reason)}: `{reason}`" for reason in self._messages.values()]
+        return ["Refused, for example with:", "", *listed, ""]
+
+
+def row(cells: list[Cell], records: dict[str, dict[str, Any]], notes: Notes) -> str:
+    refused = [refusal(cell) for cell in cells if refusal(cell)]
+    letters = sorted({notes.letter(reason) for reason in refused})
+    found = [records[str(cell)] for cell in cells if str(cell) in records]
+    passed = [record for record in found if record["passed"]]
+
+    def share(moe: bool) -> str:
+        asked = [cell for cell in cells if cell.moe == moe and not refusal(cell)]
+        equal = sum(records.get(str(cell), {}).get("passed", False) for cell in asked)
+        return f"{equal} of {len(asked)}" if asked else ""
+
+    return " | ".join([
+        "| " + " x ".join(cells[0].mesh), share(False), share(True),
+        f"{len(refused)} ({', '.join(letters)})" if refused else "",
+        largest(passed, "loss_error"), largest(passed, "gradient_error") + " |",
+    ])  # fmt: skip
+
+
+def largest(records: list[dict[str, Any]], name: str) -> str:
+    return f"{max(record[name] for record in records):.1e}" if records else ""
+
+
+def failures(found: list[dict[str, Any]]) -> list[str]:
+    lines = [f"- {in_words(record)}" for record in found if not record["passed"]]
+    return ["Not equal:", "", *lines, ""] if lines else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes; one keeps about one core busy")
+    parser.add_argument("--only", default="", help='cells whose name has this text, such as "ring 2 x tensor 4"')
+    parser.add_argument("--results", type=Path, default=ROOT / "runs/equivalence.jsonl", help="where finished cells are kept")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/equivalence.md", help="where the table goes")
+    args = parser.parse_args()
+
+    code = code_version()
+    allowed = [cell for cell in product() if not refusal(cell)]
+    ordered = list(dict.fromkeys([*covering_array(allowed), *allowed]))  # all pairs of levels first
+    records = read(args.results, code)
+    run_all([cell for cell in ordered if args.only in str(cell) and str(cell) not in records], args.results, code, args.jobs)
+    records = read(args.results, code)
+    args.table.write_text(table(records), encoding="utf-8")
+    failed = sum(not record["passed"] for record in records.values())
+    print(f"{len(records)} of {len(allowed)} cells were run, {failed} are not equal; the table is {args.table}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

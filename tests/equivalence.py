@@ -1,0 +1,322 @@
+"""The equivalence matrix: cells of (mesh, packing, accumulation, scan, chunked loss, experts), each against one device.
+
+A cell is a run's whole `Config`, passed by the checks of a real run, and its gradient is that of `training.step`. The
+reference is one plain program: no mesh, one batch, reference attention, all the logits at once. Both get the same
+parameters, the reference's layers unstacked where the cell does not scan them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import QUICK, numbers, packed
+
+from llm_jax.config import Config, check, check_devices, override
+from llm_jax.errors import ConfigError
+from llm_jax.models import registry
+from llm_jax.objectives.language import LanguageObjective
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout, abstract_layout, make_layout, path_name
+from llm_jax.training import step
+from llm_jax.training.train import check_attention
+
+DEVICES, ROWS, LENGTH = 8, 32, 16
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-9  # float64, relative
+
+# ------------------------------------------------------------------------------------------------ cells
+
+# A mesh kind and the mesh axis that it splits; the two forms of context parallelism split the same one.
+AXES = {
+    "data": "data", "fsdp": "fsdp", "tensor": "tensor", "ring": "sequence", "all_to_all": "sequence",
+    "expert": "expert", "stage": "stage",
+}  # fmt: skip
+MESHES = [(kind,) for kind in AXES] + list(itertools.combinations(AXES, 2))
+FACTORS = {
+    "mesh": tuple(MESHES),
+    "packed": (True, False),
+    "accumulation": (1, 4),
+    "scan": (True, False),
+    "chunked": (False, True),
+    "moe": (False, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A level of each of FACTORS; `changes` are overrides such as "model.dropout.mlp_output=0.1"."""
+
+    mesh: tuple[str, ...]
+    packed: bool = True
+    accumulation: int = 1
+    scan: bool = True
+    chunked: bool = False
+    moe: bool = False
+    changes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = [
+            " x ".join(f"{kind} {size}" for kind, size in self.sizes.items()),
+            "packed" if self.packed else "unpacked",
+            f"accumulation {self.accumulation}",
+            "scan" if self.scan else "unrolled",
+            "chunked" if self.chunked else "all logits",
+            "experts" if self.moe else "dense",
+            *self.changes,
+        ]
+        return ", ".join(words)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices of each mesh kind: all eight, or 2 x 4 and 4 x 2 by turns; one stage kind alone is 8 or 4."""
+        turn = (self.packed + (self.accumulation > 1) + self.scan + self.chunked + self.moe) % 2
+        if len(self.mesh) == 2:
+            return dict(zip(self.mesh, (2, 4) if turn else (4, 2), strict=True))
+        return {self.mesh[0]: DEVICES // self.stage_repeats if self.mesh == ("stage",) else DEVICES}
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def stage_repeats(self) -> int:
+        """GPipe and the circular form by turns."""
+        return 1 + self._odd if "stage" in self.mesh else 1
+
+    @property
+    def _odd(self) -> bool:
+        return (self.accumulation > 1) != self.chunked
+
+    def model(self) -> tuple[str, ...]:
+        """Overrides that say what is computed: the reference has them too."""
+        changes = [change for change in self.changes if not change.startswith(("mesh.", "precision."))]
+        experts = ()
+        if self.moe:  # dropless and capacity by turns; of the capacity form, some choices are dropped
+            experts = ("num_experts=8", "balance_loss=0.1", "router_z_loss=0.01", f"capacity_factor={1.0 * self._odd}")
+        return (
+            f"model.num_layers={8 if 'stage' in self.mesh else 2}",
+            f"data.mask_documents={self.packed}",
+            *(f"model.moe.{key}" for key in experts),
+            *changes,
+        )
+
+    def form(self) -> tuple[str, ...]:
+        """Overrides that say how: none of them may change a number."""
+        kernels = "+".join(kind for kind in self.mesh if AXES[kind] == "sequence")
+        return (
+            f"train.accumulation={self.accumulation}",
+            f"train.loss_chunk={LENGTH // 2 * self.chunked}",
+            f"model.scan_layers={self.scan}",
+            f"model.attention_kernel={kernels or 'auto'}",
+            "mesh.data=1",
+            *(f"mesh.{AXES[kind]}={size}" for kind, size in self.sizes.items()),
+            f"mesh.stage_repeats={self.stage_repeats}",
+            *(change for change in self.changes if change.startswith("mesh.")),
+            *self.precision(),
+        )
+
+    def precision(self) -> tuple[str, ...]:
+        return tuple(change for change in self.changes if change.startswith("precision."))
+
+
+PLAIN = ("mesh.data=1", "model.attention_kernel=reference")
+BASE = (
+    "model.vocab_size=30", "model.vocab_multiple=32", "model.embed_dim=16", "model.num_heads=16",
+    "model.num_kv_heads=8", "model.head_dim=2", "model.mlp_dim=16", f"model.max_length={LENGTH}",
+    f"data.sequence_length={LENGTH}", "data.path=synthetic", f"train.global_batch_size={ROWS}", "train.steps=1",
+    "train.z_loss=1e-2", "train.label_smoothing=0.1", "precision.params=float64", "precision.compute=float64",
+)  # fmt: skip
+
+
+def product() -> list[Cell]:
+    """Every combination of levels, also those that are refused."""
+    return [Cell(*levels) for levels in itertools.product(*FACTORS.values())]
+
+
+def config(cell: Cell) -> Config:
+    """The cell's run, passed by all checks that a run on its devices passes. Raises ConfigError where it is refused."""
+    cfg = override(Config(), (*BASE, *cell.model(), *cell.form()))
+    check(cfg)
+    check_devices(cfg, cell.num_devices)
+    check_attention(cfg, abstract_layout(cfg.mesh, cell.num_devices), "cpu")
+    return cfg
+
+
+@functools.cache
+def refusal(cell: Cell) -> str:
+    """Why the config is refused; "": it is not."""
+    try:
+        config(cell)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.ndarray], Any]:
+    """Terms of the loss and gradient of one global batch. `params`: nested dict of (L, ...) stacked layers, as are
+    the gradients."""
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    objective = LanguageObjective.make(cfg)
+
+    def run(params: Any, batch: Any) -> Any:
+        grads, terms, _ = step.gradients(
+            model, objective, params, batch, layout=layout, seed=3, step=jnp.int32(7), accumulation=cfg.train.accumulation
+        )
+        return terms | {"total": sum(k * terms[name] for name, k in objective.coefficients().items())}, grads
+
+    params = params if cfg.model.scan_layers else unstacked(params)
+    params = jax.tree.map(lambda p: p.astype(cfg.precision.params), params)
+    shapes, axes, outputs = model.shapes(), model.axes(), {}
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+    if layout.mesh is not None:
+        params = jax.device_put(params, layout.parameter_shardings(shapes, axes))
+        outputs = {"out_shardings": (layout.replicated, layout.parameter_shardings(shapes, axes, layout.gradient_rules))}
+    batch = layout.put_batch(packed(ROWS, LENGTH), ROWS)
+    terms, grads = jax.tree.map(np.asarray, jax.jit(run, **outputs, compiler_options=QUICK)(params, batch))
+    return terms, grads if cfg.model.scan_layers else stacked(grads)
+
+
+def unstacked(params: Any) -> Any:
+    """{"blocks": leaves (L, ...)} to {"block_0": ..., ...}."""
+    stack = params["stack"]["blocks"]
+    layers = range(len(jax.tree.leaves(stack)[0]))
+    return params | {"stack": {f"block_{i}": jax.tree.map(lambda p, i=i: p[i], stack) for i in layers}}
+
+
+def stacked(params: Any) -> Any:
+    blocks = [params["stack"][f"block_{i}"] for i in range(len(params["stack"]))]
+    return params | {"stack": {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}}
+
+
+@functools.cache
+def one_device(overrides: tuple[str, ...]) -> tuple[Any, dict[str, np.ndarray], Any]:
+    """Parameters, terms and gradient of the plain program."""
+    cfg = override(Config(), (*BASE, *overrides, *PLAIN))
+    check(cfg)
+    params = numbers(registry.build(cfg.model, Layout(), Precision.make(cfg.precision)))
+    params = jax.tree.map(lambda p: p.astype(np.float32).astype(p.dtype), params)  # that float32 masters hold too
+    return params, *gradients(cfg, Layout(), params)
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """How far a cell is from one device.
+
+    Attributes:
+      loss_error: the largest of all terms and their total, relative.
+      gradient_error: the largest of all parameters: norm of the difference over the norm of all gradients.
+      parameter: the one that has it.
+      complaints: lines that XLA wrote about tensors that it had to replicate.
+      seconds: for the cell's program, compiling included.
+    """
+
+    loss_error: float
+    gradient_error: float
+    parameter: str
+    complaints: tuple[str, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        close = self.loss_error <= LOSS_TOLERANCE and self.gradient_error <= GRADIENT_TOLERANCE  # False for NaN
+        return close and not self.complaints
+
+
+def measure(cell: Cell) -> Found:
+    """Raises ConfigError where the cell is refused."""
+    cfg = config(cell)
+    layout = make_layout(cfg.mesh, jax.devices()[: cell.num_devices])
+    with jax.enable_x64(True):
+        params, *expected = one_device(cell.model())
+    began = time.monotonic()
+    with stderr_lines() as lines, jax.enable_x64(cfg.precision.compute == "float64"):
+        found = gradients(cfg, layout, params)
+    seconds = time.monotonic() - began
+    complaints = tuple(line for line in lines if "rematerialization" in line)
+    return Found(*errors(found, expected), complaints, seconds)
+
+
+def plain_errors(cell: Cell) -> tuple[float, float, str]:
+    """How far one device in the cell's precision is from float64: `errors` of the plain program."""
+    return errors(*_plain_pair(cell.model(), cell.precision()))
+
+
+@functools.cache
+def _plain_pair(model: tuple[str, ...], precision: tuple[str, ...]) -> tuple[Any, Any]:
+    with jax.enable_x64(True):
+        params, *expected = one_device(model)
+    return gradients(override(Config(), (*BASE, *model, *PLAIN, *precision)), Layout(), params), expected
+
+
+def errors(found: Any, expected: Any) -> tuple[float, float, str]:
+    """The first three fields of `Found` for two pairs of terms and gradient."""
+    (terms, grads), (true_terms, true_grads) = found, expected
+    assert terms.keys() == true_terms.keys() and jax.tree.structure(grads) == jax.tree.structure(true_grads)
+    loss_error = max(relative(terms[name], true_terms[name]) for name in terms)
+    norm = math.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(true_grads)))
+    apart = jax.tree.map(lambda a, b: float(np.linalg.norm((a.astype(np.float64) - b).ravel()) / norm), grads, true_grads)
+    # NaN sorts above all numbers
+    error, name = max(
+        ((e, path_name(path)) for path, e in jax.tree_util.tree_leaves_with_path(apart)),
+        key=lambda pair: (math.isnan(pair[0]), pair),
+    )
+    return loss_error, error, name
+
+
+def relative(value: np.ndarray, expected: np.ndarray) -> float:
+    error = abs(float(value) - float(expected)) / (abs(float(expected)) or 1.0)
+    return math.inf if math.isnan(error) else error  # max() would lose a NaN
+
+
+@contextlib.contextmanager
+def stderr_lines() -> Iterator[list[str]]:
+    """Collects what is written to file descriptor 2, where XLA writes, and writes it out again afterwards."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said = file.read()
+            lines += said.decode(errors="replace").splitlines()
+            os.write(2, said)
+
+
+# ------------------------------------------------------------------------------------------------ covering array
+
+
+def pairs(cell: Cell) -> frozenset[Any]:
+    """All pairs of levels that the cell has: ((factor, level), (factor, level))."""
+    return frozenset(itertools.combinations(((name, getattr(cell, name)) for name in FACTORS), 2))
+
+
+def covering_array(cells: list[Cell]) -> list[Cell]:
+    """Some of `cells` that have all pairs of levels that any of them has: the greedy choice, always the same one."""
+    missing, chosen = frozenset().union(*map(pairs, cells)), []
+    while missing:
+        best = max(cells, key=lambda cell: len(pairs(cell) & missing))  # the first of equal ones
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
