@@ -20,6 +20,7 @@ EXTRAS = {  # extra: (what it is for, modules)
     "data": ("parquet files and .zst compression", ("pyarrow", "zstandard")),
     "hf": ("hub datasets and sentencepiece tokenizers", ("datasets", "sentencepiece")),
     "tracking": ("Weights & Biases and MLflow", ("wandb", "mlflow")),
+    "qwix": ("int8 and fp8 training", ("qwix",)),
     "parity": ("comparisons with PyTorch", ("torch", "transformers")),
     "test": ("the tests", ("pytest",)),
 }

@@ -10,14 +10,17 @@ from llm_jax.config import PrecisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """`params`: dtype in which parameters are stored and updated; `compute`: dtype of activations and products."""
+    """`params`: dtype in which parameters are stored and updated; `compute`: dtype of activations and products;
+    `products`: to what the blocks' linear layers round both operands, "int8" or "fp8"; "native": they do not.
+    """
 
     params: jnp.dtype = jnp.dtype("float32")
     compute: jnp.dtype = jnp.dtype("float32")
+    products: str = "native"
 
     @classmethod
     def make(cls, cfg: PrecisionConfig) -> "Precision":
-        return cls(jnp.dtype(cfg.params), jnp.dtype(cfg.compute))
+        return cls(jnp.dtype(cfg.params), jnp.dtype(cfg.compute), cfg.products)
 
 
 def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

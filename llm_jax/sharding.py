@@ -292,10 +292,15 @@ def abstract_layout(cfg: MeshConfig, num_devices: int) -> Layout:
     )
 
 
+HOST_MEMORY = "pinned_host"
+
+
 def bytes_a_device(tree: Any) -> int:
-    """Bytes that each device holds of a tree of arrays or sharded ShapeDtypeStructs."""
+    """Bytes of its own memory that each device gives to a tree of arrays or sharded ShapeDtypeStructs; what waits in
+    the host's memory does not count."""
 
     def size(leaf: jax.ShapeDtypeStruct) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        here = leaf.sharding.memory_kind != HOST_MEMORY
+        return here * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))

@@ -328,6 +328,7 @@ KEYS = {
     "mesh.optimizer_rules": (shards, "mlp=data"),
     "precision.params": (program, "bfloat16"),
     "precision.compute": (program, "bfloat16"),
+    "precision.products": (program, "int8"),
     "checkpoint.every": (run, 3),
     "checkpoint.keep_latest": (kept, 4),
     "checkpoint.keep_best": (kept, 3),

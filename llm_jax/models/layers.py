@@ -10,6 +10,7 @@ from flax import struct
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.elementwise import normalize
+from llm_jax.models.quantize import quantized_product
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -64,7 +65,7 @@ class Linear(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.weights(x.shape[-1])
-        y = product(x, kernel.astype(x.dtype))
+        y = product(x, kernel.astype(x.dtype), numbers=self.precision.products)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
     @nn.compact
@@ -77,11 +78,15 @@ class Linear(nn.Module):
         return kernel, self.param("bias", zeros, (self.features,), self.precision.params)
 
 
-def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False) -> jax.Array:
+def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False, numbers: str = "native") -> jax.Array:
     """(..., in) times (in, out): (..., out) in the dtype of x, or with `wide` in at least float32, the dtype of the
-    product's own sums: logits need it."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, preferred_element_type=dtype)
+    product's own sums: logits need it. `numbers` as `Precision.products`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if numbers == "native":
+        dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
+        y = jnp.matmul(rows, matrix, preferred_element_type=dtype)
+    else:
+        y = quantized_product(rows, matrix, numbers)
     return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 

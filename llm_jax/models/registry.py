@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from llm_jax.config import ModelConfig
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.layers import Axes
+from llm_jax.models.quantize import require_library
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -58,6 +59,8 @@ class Model:
 
 
 def build(cfg: ModelConfig, layout: Layout, precision: Precision) -> Model:
+    """Raises ConfigError where the model needs a library that is not installed."""
+    require_library(precision.products)
     return Model(cfg, FAMILIES[cfg.family](cfg, layout, precision))
 
 

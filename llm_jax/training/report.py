@@ -10,6 +10,7 @@ import jax
 
 from llm_jax import metrics, sharding
 from llm_jax.config import Config
+from llm_jax.config.pipeline import bubble
 from llm_jax.errors import BadStepsError
 from llm_jax.models.flops import FORMULA, Flops
 from llm_jax.models.registry import Model, count_parameters
@@ -95,6 +96,10 @@ def cost_line(model: Model, cfg: Config, flops: Flops) -> str:
         f"{count_parameters(model.shapes()):,} parameters; {tokens:,} tokens a step; {flops.total * tokens:.3g} FLOPs "
         f"a step ({flops.attention / flops.total:.0%} of them attention)"
     )
+    layout = model.module.layout
+    if layout.stages > 1:
+        idle = bubble(layout.stages, layout.stage_repeats, layout.stage_microbatches)
+        line += f"; a pipeline of {layout.stages} stages, each idle {idle:.0%} of the time"
     peak = peak_flops()
     return line if peak is None else f"{line}; MFU = {FORMULA}, over a peak of {peak:.4g} a device"
 

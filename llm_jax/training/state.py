@@ -9,11 +9,8 @@ import optax
 
 from llm_jax import rng
 from llm_jax.models.registry import Model
-from llm_jax.sharding import Layout
+from llm_jax.sharding import HOST_MEMORY, Layout
 from llm_jax.training import optim
-
-
-HOST_MEMORY = "pinned_host"
 
 
 @jax.tree_util.register_dataclass

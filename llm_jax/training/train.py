@@ -21,6 +21,7 @@ from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import flops, registry
 from llm_jax.models.attention import choose_kernel
+from llm_jax.models.quantize import require_library
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -89,6 +90,7 @@ def same_on_all_hosts(cfg: Config) -> str:
 def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     """Mesh, data, model, optimizer, state: everything before the first step. `stack` closes what must be closed."""
     check_devices(cfg, jax.device_count())
+    require_library(cfg.precision.products)
     layout = sharding.make_layout(cfg.mesh)
     check_attention(cfg, layout, jax.default_backend())
 
@@ -299,7 +301,9 @@ def describe(cfg: Config) -> str:
     cfg, layout, model, state = planned(cfg)
     cost = flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
-    gradient = sharding.bytes_a_device(state.params)
+    shardings = layout.parameter_shardings(model.shapes(), model.axes(), layout.gradient_rules)
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    gradient = sharding.bytes_a_device(jax.tree.map(placed, state.params, shardings))
     return "\n".join(
         [
             json.dumps(to_dict(cfg), indent=2),
