@@ -65,24 +65,28 @@ class Cell:
     changes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        moe = "capacity" if self.capacity else "dropless"
         words = [
             " x ".join(f"{kind} {size}" for kind, size in self.sizes.items()),
+            *(["2 rounds"] if self.stage_repeats == 2 else []),
             "packed" if self.packed else "unpacked",
             f"accumulation {self.accumulation}",
             "scan" if self.scan else "unrolled",
             "chunked" if self.chunked else "all logits",
-            "experts" if self.moe else "dense",
+            f"experts ({moe})" if self.moe else "dense",
             *self.changes,
         ]
         return ", ".join(words)
 
+    # What goes by turns goes by parities that differ, so that the full product has every mixture and an array of two
+    # cells a mesh has each form on some mesh.
+
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices of each mesh kind: all eight, or 2 x 4 and 4 x 2 by turns; one stage kind alone is 8 or 4."""
-        turn = (self.packed + (self.accumulation > 1) + self.scan + self.chunked + self.moe) % 2
+        """Devices of each mesh kind: all eight, or 2 x 4 and 4 x 2 by turns; a pipeline of 2 rounds alone has 4."""
         if len(self.mesh) == 2:
-            return dict(zip(self.mesh, (2, 4) if turn else (4, 2), strict=True))
-        return {self.mesh[0]: DEVICES // self.stage_repeats if self.mesh == ("stage",) else DEVICES}
+            return dict(zip(self.mesh, (4, 2) if self._odd("packed", "accumulation", "chunked") else (2, 4), strict=True))
+        return {self.mesh[0]: DEVICES // self.stage_repeats}
 
     @property
     def num_devices(self) -> int:
@@ -91,18 +95,24 @@ class Cell:
     @property
     def stage_repeats(self) -> int:
         """GPipe and the circular form by turns."""
-        return 1 + self._odd if "stage" in self.mesh else 1
+        return 1 + ("stage" in self.mesh and self._odd("accumulation", "chunked") != (MESHES.index(self.mesh) % 2 == 1))
 
     @property
-    def _odd(self) -> bool:
-        return (self.accumulation > 1) != self.chunked
+    def capacity(self) -> bool:
+        """Dropless experts, and experts with room for an even load, by turns."""
+        return self.moe and self._odd("packed", "accumulation") != (MESHES.index(self.mesh) // 2 % 2 == 1)
+
+    def _odd(self, *factors: str) -> bool:
+        """Is it an odd number of these factors that have their first level?"""
+        return sum(getattr(self, factor) == FACTORS[factor][0] for factor in factors) % 2 == 1
 
     def model(self) -> tuple[str, ...]:
         """Overrides that say what is computed: the reference has them too."""
         changes = [change for change in self.changes if not change.startswith(("mesh.", "precision."))]
         experts = ()
-        if self.moe:  # dropless and capacity by turns; of the capacity form, some choices are dropped
-            experts = ("num_experts=8", "balance_loss=0.1", "router_z_loss=0.01", f"capacity_factor={1.0 * self._odd}")
+        if self.moe:
+            factor = 1.0 * self.capacity
+            experts = ("num_experts=8", "balance_loss=0.1", "router_z_loss=0.01", f"capacity_factor={factor}")
         return (
             f"model.num_layers={8 if 'stage' in self.mesh else 2}",
             f"data.mask_documents={self.packed}",

@@ -17,6 +17,7 @@ from equivalence import (
     MESHES,
     PLAIN,
     Cell,
+    Found,
     covering_array,
     errors,
     measure,
@@ -70,10 +71,19 @@ def test_the_array_has_all_pairs_of_levels():
     assert all(levels[factor] == set(FACTORS[factor]) for factor in list(levels)[1:])
     assert found == frozenset().union(*map(pairs, ALLOWED))
     assert ARRAY == covering_array(ALLOWED)
-    # what goes by turns: both forms of experts, both shapes of pairs, pipelines of one round and of several
-    assert {cell.model()[-1] for cell in ARRAY if cell.moe} == {f"model.moe.capacity_factor={f}" for f in (0.0, 1.0)}
+    # what goes by turns: both shapes of pairs, both forms of experts, pipelines of one round and of two
     assert {tuple(cell.sizes.values()) for cell in ARRAY if len(cell.mesh) == 2} == {(2, 4), (4, 2)}
+    for kind in ("expert", "stage", "ring"):
+        assert {cell.capacity for cell in ARRAY if cell.moe and kind in cell.mesh} == {False, True}
     assert {cell.stage_repeats for cell in ARRAY if "stage" in cell.mesh} == {1, 2}
+
+
+def test_the_product_mixes_what_goes_by_turns():
+    """On each mesh with experts and stages, every shape with every form of experts and every number of rounds."""
+    for mesh in [("data", "expert"), ("ring", "stage"), ("expert", "stage")]:
+        cells = [cell for cell in ALLOWED if cell.mesh == mesh and cell.moe]
+        mixtures = {(*cell.sizes.values(), cell.capacity, cell.stage_repeats) for cell in cells}
+        assert len(mixtures) == (4 if "stage" not in mesh else 8), mixtures
 
 
 def test_refused_cells():
@@ -156,7 +166,8 @@ def test_in_low_precision_with_float32_masters(mesh, compute):
 @pytest.fixture(scope="module")
 def example():
     """Parameters, terms and gradient of one device, with experts that drop some choices."""
-    cell = Cell(("data",), accumulation=4, moe=True)
+    cell = Cell(("data",), packed=False, moe=True)
+    assert cell.capacity
     with jax.enable_x64(True):
         return one_device(cell.model())
 
@@ -171,6 +182,9 @@ def test_the_reference_asks_something_of_every_part(example):
         assert np.linalg.norm(grad) > 1e-4 * norm, path
     assert len({Cell(("data",), packed=packed, changes=changes).model() for packed in (True, False)
                 for changes in ((), DROPOUT, ATTENTION_DROPOUT)}) == 6  # fmt: skip
+
+
+MEASURED = Found(0.0, 0.0, "", (), 1.0)
 
 
 def test_errors_are_seen(example):
