@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import QUICK, assert_close
 
-from llm_jax.kernels.experts import Bank, capacity, dropless, grouped_product, room, route, sort_by_group
+from llm_jax.kernels.exchange import sort_by_group
+from llm_jax.kernels.experts import Bank, capacity, dropless, grouped_product, room, route
 from llm_jax.sharding import Layout
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -270,7 +271,7 @@ def test_who_is_earlier_is_a_matter_of_place_not_of_the_array(x64):
 
 @pytest.mark.parametrize(
     ("length", "num_experts", "top_k", "factor", "expected"),
-    [(4, 3, 2, 0.75, 2), (8, 4, 2, 1.0, 4), (8, 4, 2, 1.25, 5), (8, 3, 1, 1.0, 3), (1, 8, 2, 1.25, 1), (8, 2, 2, 9.0, 8)],
+    [(4, 3, 2, 0.75, 2), (8, 4, 2, 1.0, 4), (8, 4, 2, 1.25, 5), (8, 3, 1, 1.0, 3), (1, 8, 2, 1.25, 1), (8, 2, 2, 9, 8)],
 )  # fmt: skip
 def test_room_is_rounded_up_and_never_more_than_the_row(length, num_experts, top_k, factor, expected):
     assert room(length, num_experts, top_k, factor) == expected

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny import QUICK, assert_close, decoder, mesh_layout
 
+from llm_jax.kernels.exchange import Exchange
 from llm_jax.models.moe import MoE
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -158,7 +159,9 @@ def test_batches_that_a_mesh_cannot_split_evenly(x64, name, rows, length):
         shapes, _ = shapes_and_axes(module)
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda leaf, rng=rng: 0.3 * rng.normal(size=leaf.shape), shapes)
-        run = jax.jit(lambda params, x, s, module=module: module.apply({"params": params}, x, s), compiler_options=QUICK)
+        run = jax.jit(
+            lambda params, x, s, module=module: module.apply({"params": params}, x, s), compiler_options=QUICK
+        )
         outputs.append(jax.tree.map(np.asarray, run(params, x, segments)))
     for found in outputs[1:]:
         assert_close(found, outputs[0], atol=1e-10)
@@ -170,9 +173,52 @@ def test_text_need_not_depend_on_capacity(x64):
     cfg, shapes = CONFIGS["capacity"], shapes_and_axes(build(CONFIGS["capacity"]))[0]
     rng = np.random.default_rng(1)
     params = {"params": jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), shapes)}
-    found = build(cfg).apply(params, x, segments, drop=False)
-    assert_close(found, build(CONFIGS["dropless"]).apply(params, x, segments), atol=1e-12)
-    assert np.abs(found[0] - build(cfg).apply(params, x, segments)[0]).max() > 0.1
+    apply = lambda cfg, **how: jax.jit(functools.partial(build(cfg).apply, **how), compiler_options=QUICK)(  # noqa: E731
+        params, x, segments
+    )
+    found = apply(cfg, drop=False)
+    assert_close(found, apply(CONFIGS["dropless"]), atol=1e-12)
+    assert np.abs(found[0] - apply(cfg)[0]).max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ ragged exchange
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What JAX documents, from what every device gathers of all others: XLA has no such collective for CPUs."""
+    everyone = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
+    me, row = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    for sent, starts, sizes, places in zip(*everyone, strict=True):
+        index = row - places[me]
+        hit = (index >= 0) & (index < sizes[me])
+        output = jnp.where(hit[:, None], sent.at[index + starts[me]].get(mode="clip"), output)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages"),
+    [(dict(expert=4, tensor=2), 0), (dict(fsdp=2, expert=2, sequence=2), 0), (dict(stage=2, expert=4), 2)], ids=str,
+)  # fmt: skip
+def test_the_ragged_exchange_does_what_the_padded_one_does(x64, monkeypatch, sizes, stages):
+    monkeypatch.setattr(Exchange, "_by_platform", lambda self, padded, ragged, *args: ragged(*args))
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    found = numbers(CONFIGS["dropless"], mesh_layout(**sizes), stages)
+    assert_close(found, on_one_device("dropless", stages), atol=1e-10)
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("tpu", True), ("cuda", True), ("cpu", False)])
+@pytest.mark.parametrize("stages", [0, 2])
+def test_rows_travel_ragged_where_xla_can(platform, ragged, stages):
+    """Forward and backward, mapped over stages or not, as the program is lowered for a platform."""
+    module = build(CONFIGS["dropless"], mesh_layout(stage=2, expert=4), "float32")
+    leading = (stages,) if stages else ()
+    args = (shapes_and_axes(module)[0], jax.ShapeDtypeStruct((ROWS, LENGTH, EMBED), jnp.float32))
+    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, leaf.dtype), args)
+    apply = lambda params, x: module.apply({"params": params}, x)[0]  # noqa: E731
+    apply = jax.vmap(apply, spmd_axis_name="stage") if stages else apply
+    program = jax.jit(jax.grad(lambda params, x: apply(params, x).sum(), argnums=(0, 1))).trace(*args)
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("@ragged_all_to_all") == (4 if ragged else 0)
 
 
 # ------------------------------------------------------------------------------------------------ parameters

@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_jax.precision import at_least_float32, wide_einsum
+from llm_jax.kernels.exchange import Exchange, sort_by_group
+from llm_jax.precision import wide_einsum
 from llm_jax.sharding import Layout
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -116,6 +117,12 @@ BANK_AXES = Bank(
     gate_bias=("expert", "mlp"),
 )
 
+
+def _each(bank: Bank, f: Callable[[jax.Array, tuple[str, ...]], Any]) -> Bank:
+    """`f(parameter, its logical axes)` in place of each parameter that there is."""
+    return Bank(*(x if x is None else f(x, names) for x, names in zip(bank, BANK_AXES, strict=True)))
+
+
 Activation = Callable[[jax.Array, jax.Array | None], jax.Array]  # (up, gate or None) to the hidden numbers
 
 
@@ -139,14 +146,14 @@ def grouped_product(x: jax.Array, matrices: jax.Array, counts: jax.Array) -> jax
 
 @jax.custom_batching.sequential_vmap
 def _rows_product(x: jax.Array, matrices: jax.Array, counts: jax.Array) -> jax.Array:
-    """"md,edf->mf", each row with the matrix of its group."""
+    """ "md,edf->mf", each row with the matrix of its group."""
     y = jax.lax.ragged_dot(x, matrices, counts, preferred_element_type=x.dtype)
     return jnp.where(jnp.arange(len(x))[:, None] < counts.sum(), y, 0)
 
 
 @jax.custom_batching.sequential_vmap
 def _groups_product(x: jax.Array, dy: jax.Array, counts: jax.Array) -> jax.Array:
-    """"md,mf->edf", a sum over the rows of each group."""
+    """ "md,mf->edf", a sum over the rows of each group."""
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
@@ -178,70 +185,6 @@ def _run_experts(x: jax.Array, counts: jax.Array, bank: Bank, activation: Activa
 
 
 # ------------------------------------------------------------------------------------------------ dropless
-
-
-class Sorted(NamedTuple):
-    """Things in the order of their groups.
-
-    Attributes:
-      order: (p,) which thing stands at each place; those of no group come last.
-      place: (p,) where each thing stands.
-      counts: (groups,) int32, the sizes of the groups.
-    """
-
-    order: jax.Array
-    place: jax.Array
-    counts: jax.Array
-
-
-def sort_by_group(group: jax.Array, num_groups: int) -> Sorted:
-    """Sorts p things by their `group` (p,), a number up to num_groups, which means none; equal ones stay in order."""
-    order = jnp.argsort(group, stable=True)
-    counts = _one_hot(group, num_groups).sum(0, dtype=jnp.int32)
-    return Sorted(order, jnp.argsort(order), counts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """Tokens go to the devices that hold their experts, and come back, by a padded all-to-all.
-
-    Each device sends each other one a block of the same size, with room for every choice that could fall on the
-    experts there, so nothing is ever dropped, whatever the router does.
-    """
-
-    axes: tuple[str, ...]  # the mesh axes that split the experts
-    parts: int
-    room: int  # rows of a block
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(parts, ...) for each device to (parts, ...) from each device."""
-        return jax.lax.all_to_all(x, self.axes, split_axis=0, concat_axis=0, tiled=True)
-
-    def run(self, rows: Callable[[jax.Array], jax.Array], pairs: Sorted, experts: Callable[..., jax.Array]) -> jax.Array:
-        """(p, d): what `experts(rows, counts)` on other devices make of this device's pairs, in sorted order.
-
-        Args:
-          rows: gives the rows (..., d) at places in sorted order.
-          pairs: this device's pairs, sorted by expert over all devices.
-          experts: runs this device's experts on rows that are sorted by expert.
-        """
-        counts = pairs.counts.reshape(self.parts, -1)
-        sizes = counts.sum(1)
-        starts = jnp.cumsum(sizes) - sizes
-        slot = jnp.arange(self.room)[None]
-        sent = jnp.where((slot < sizes[:, None])[..., None], rows(starts[:, None] + slot), 0)
-        received, counts = self(sent), self(counts)
-
-        ends = jnp.cumsum(counts, axis=1)  # a block is sorted by expert: its counts say which row is whose
-        expert = (slot[..., None] >= ends[:, None]).sum(-1)
-        here = sort_by_group(expert.reshape(-1), counts.shape[1])
-        done = experts(received.reshape(-1, received.shape[-1])[here.order], here.counts)
-        returned = self(done[here.place].reshape(received.shape))
-
-        place = jnp.arange(len(pairs.order))
-        device = (place[:, None] >= (starts + sizes)[None]).sum(1)  # beyond the last: a pair of padding
-        found = returned.at[device, place - starts.at[device].get(mode="clip")]
-        return found.get(mode="fill", fill_value=0)
 
 
 def dropless(
@@ -310,17 +253,17 @@ class Split:
     def bank(self, bank: Bank) -> Bank:
         """The partition of each parameter."""
         axes = {name: self.axes(name) for name in ("expert", "mlp")} | {"embed": self.embed}
-        return Bank(*(x if x is None else PartitionSpec(*map(axes.get, names)) for x, names in zip(bank, BANK_AXES)))
+        return _each(bank, lambda _, names: PartitionSpec(*map(axes.get, names)))
 
     def gathered(self, bank: Bank) -> Bank:
         """On one device: its experts with all of "embed"."""
 
-        def gather(x: jax.Array | None, names: tuple[str, ...]) -> jax.Array | None:
-            if x is None or not self.embed or "embed" not in names:
+        def gather(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+            if not self.embed or "embed" not in names:
                 return x
             return jax.lax.all_gather(x, self.embed, axis=names.index("embed"), tiled=True)
 
-        return Bank(*map(gather, bank, BANK_AXES))
+        return _each(bank, gather)
 
 
 def _dropless_local(
@@ -345,15 +288,13 @@ def _dropless_local(
     local_experts = len(bank.up)
     pairs = sort_by_group(experts.reshape(-1), local_experts * parts)
 
-    def rows(place: jax.Array) -> jax.Array:
-        return x[pairs.order.at[place].get(mode="clip") // k]
-
+    rows = x[pairs.order // k]
     run = functools.partial(_run_experts, bank=bank, activation=activation)
     if parts == 1:
-        done = run(rows(jnp.arange(len(pairs.order))), pairs.counts)
+        done = run(rows, pairs.counts)
     else:
         exchange = Exchange(split.axes("expert"), parts, len(x) * min(k, local_experts))
-        done = exchange.run(rows, pairs, run)
+        done = exchange.run(rows, pairs.counts, run)
     done = done[pairs.place].reshape(len(x), k, -1)
     y = wide_einsum("nk,nkd->nd", weights.astype(x.dtype), done)
     return y.astype(x.dtype).reshape(1, *shape)
@@ -407,7 +348,7 @@ def capacity(
     move = functools.partial(_constrain, layout)
     buffers = move(move(buffers, "batch", None, "length", None), "batch", "expert", "length", None)
 
-    bank = Bank(*(p if p is None else layout(p, *names) for p, names in zip(bank, BANK_AXES)))
+    bank = _each(bank, lambda parameter, names: layout(parameter, *names))
 
     def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axis: str) -> jax.Array:
         y = jnp.einsum("becd,edf->becf", x, kernel)
