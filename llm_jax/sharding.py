@@ -24,7 +24,7 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pai
 
 PARAMETER_RULES: Rules = (
     ("embed", ("fsdp",)),
-    ("vocab", ("tensor",)),
+    ("vocab", ("tensor", "stage")),  # all stages share the head's work: no one has it alone
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
@@ -48,7 +48,7 @@ ACTIVATION_RULES: Rules = (
     ("kv_heads", ("tensor",)),
     ("head_dim", ()),
     ("mlp", ("tensor",)),
-    ("vocab", ("tensor",)),
+    ("vocab", ("tensor", "stage")),
     ("position", ()),
     ("buckets", ()),
 )

@@ -249,7 +249,8 @@ WSD = ("optim.schedule=wsd",)
 LINES = ("data.path=PATH/lines.txt", "data.separator=\n")
 FIT = ("data.packing=best_fit",)
 EXPERTS = ("model.moe.num_experts=4",)
-STAGES = ("mesh.stage=2", "mesh.data=1", "mesh.fsdp=-1", "model.num_layers=4", "train.global_batch_size=16")
+STAGES = ("mesh.stage=2", "mesh.data=1", "mesh.fsdp=-1", "model.num_layers=4", "model.vocab_multiple=2",
+          "train.global_batch_size=16")  # fmt: skip
 
 # key: (observer, new value, what the base has besides)
 KEYS = {
@@ -313,7 +314,7 @@ KEYS = {
     "optim.offload": (shards, ".*"),
     "model.moe.balance_loss": (program, 0.5, *EXPERTS),
     "model.moe.router_z_loss": (program, 0.5, *EXPERTS),
-    "mesh.stage": (shards, 2, "model.num_layers=2"),
+    "mesh.stage": (shards, 2, "model.num_layers=2", "model.vocab_multiple=2"),
     "mesh.stage_microbatches": (meshed, 4, *STAGES),
     "mesh.stage_repeats": (meshed, 2, *STAGES),
     "mesh.data": (shards, 2, "mesh.data=1", "mesh.fsdp=-1"),

@@ -231,7 +231,7 @@ def test_specs_of_a_whole_model():
     model = build(cfg, layout)
     shardings = layout.parameter_shardings(model.shapes(), model.axes())
     specs = {path_name(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
-    stage, fsdp, tensor = ("stage",), ("fsdp",), ("tensor",)
+    stage, fsdp, tensor, vocab = ("stage",), ("fsdp",), ("tensor",), ("tensor", "stage")
     block = {
         "attention/key/bias": P(stage, tensor),
         "attention/key/kernel": P(stage, fsdp, tensor),
@@ -253,11 +253,11 @@ def test_specs_of_a_whole_model():
         "mlp_norm/scale": P(stage, None),
     }
     assert specs == {f"stack/blocks/{name}": spec for name, spec in block.items()} | {
-        "embedding/table": P(tensor, fsdp),
+        "embedding/table": P(vocab, fsdp),
         "positions/table": P(None, fsdp),
         "final_norm/bias": P(None),
         "final_norm/scale": P(None),
-        "head/kernel": P(fsdp, tensor),
+        "head/kernel": P(fsdp, vocab),
     }
 
 

@@ -56,14 +56,6 @@ def check(cfg: Config) -> None:
     check_optim(cfg.optim, run_steps(cfg))
     check_mesh(cfg.mesh)
     check_splits(cfg, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
-    if cfg.model.attention_kernel == "cudnn" and cfg.mesh.sequence not in (-1, 1):
-        reason = f"mesh.sequence = {cfg.mesh.sequence} splits the rows, and cuDNN attention needs them whole"
-        raise refuse("model.attention_kernel", "cudnn", reason, "set attention_kernel=auto or mesh.sequence=1")
-    if cfg.model.attention_kernel == "cudnn" and cfg.precision.compute != "bfloat16":
-        reason = f"cuDNN attention computes in 16 bits, and precision.compute is {cfg.precision.compute}"
-        raise refuse(
-            "model.attention_kernel", "cudnn", reason, "set precision.compute=bfloat16 or attention_kernel=auto"
-        )
     check_unread_keys(cfg)
 
 
@@ -230,6 +222,8 @@ def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
     """What each mesh axis splits has as many equal parts. `sizes` may hold -1, for what is not known yet."""
     if sizes["tensor"] > 1:
         check_tensor_axis(cfg.model, sizes["tensor"])
+    if cfg.model.vocab_size:
+        check_padded_vocab(cfg.model, cfg.model.vocab_size, sizes)
     if sizes["expert"] > 1:
         check_expert_axis(cfg.model, sizes["expert"])
     check_stage_axis(cfg, sizes)
@@ -275,7 +269,7 @@ def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
 
 
 def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
-    """Heads, key-value heads, MLP and vocabulary are split over the mesh's tensor axis in equal parts."""
+    """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts."""
     mlp_dim = model.mlp_dim or 4 * model.embed_dim
     for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads),
                       ("mlp_dim", mlp_dim)):  # fmt: skip
@@ -284,19 +278,20 @@ def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
             raise refuse(
                 f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor"
             )
-    if model.vocab_size:
-        check_padded_vocab(model, model.vocab_size, tensor)
 
 
-def check_padded_vocab(model: DecoderConfig, vocab_size: int, tensor: int) -> None:
+def check_padded_vocab(model: DecoderConfig, vocab_size: int, sizes: dict[str, int]) -> None:
+    """The vocabulary is split over the mesh axes tensor and stage, sizes of which may be -1: not known yet."""
     padded = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
-    if padded % tensor:
-        reason = f"it pads {vocab_size} tokens to {padded}, which does not split over mesh.tensor = {tensor} devices"
+    split = {axis: sizes[axis] for axis in ("tensor", "stage") if sizes[axis] > 1}
+    parts = math.prod(split.values())
+    if padded % parts:
+        over = " x ".join(f"mesh.{axis} = {size}" for axis, size in split.items())
         raise refuse(
             "model.vocab_multiple",
             model.vocab_multiple,
-            reason,
-            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, tensor)}",
+            f"it pads {vocab_size} tokens to {padded}, which does not split over {over} devices",
+            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, parts)}",
         )
 
 
@@ -308,8 +303,7 @@ def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
         raise refuse(
             "model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}"
         )
-    if cfg.mesh.tensor > 1:
-        check_padded_vocab(cfg.model, vocab_size, cfg.mesh.tensor)
+    check_padded_vocab(cfg.model, vocab_size, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
     return vocab_size
 
 
