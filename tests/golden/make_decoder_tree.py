@@ -1,4 +1,4 @@
-"""Writes decoder_tree.json: path, shape, dtype and logical axes of every parameter of two decoders.
+"""Writes decoder_tree.json: path, shape, dtype and logical axes of every parameter of some decoders.
 
 The tree is a public contract: checkpoints, converters, freezing and learning-rate patterns rest on it.
 
@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import DecoderConfig, MoEConfig
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
@@ -29,6 +29,10 @@ CONFIGS = {
     "relative positions, post-norm": DecoderConfig(
         vocab_size=1000, num_layers=2, embed_dim=64, num_heads=8, positions="relative", norm_placement="post",
         activation="relu", bias="qkv",
+    ),
+    "experts, sinks": DecoderConfig(
+        vocab_size=1000, num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=2, mlp_dim=96, bias="all",
+        attention_sinks=True, moe=MoEConfig(num_experts=4),
     ),
 }  # fmt: skip
 
