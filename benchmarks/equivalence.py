@@ -2,10 +2,10 @@
 
     python -m benchmarks.equivalence [--jobs=2] [--only=TEXT] [--results=FILE] [--table=FILE]
 
-`tests/equivalence.py` says what a cell is and how it is compared; the tests run a covering array of the same cells. Each
-worker is a process with eight fake CPU devices. A finished cell is a line of the results file (JSON), with a hash of the
-code that it ran: a run that was stopped goes on where it stood, and cells of other code are run again. At the end the
-table is written from all lines of the present code. About 45 minutes on one free core.
+`tests/equivalence.py` says what a cell is and how it is compared; the tests run a covering array of the same cells.
+Each worker is a process with eight fake CPU devices. A finished cell is a line of the results file (JSON), with a hash
+of the code that it ran: a run that was stopped goes on where it stood, and cells of other code are run again. At the
+end the table is written from all lines of the present code. About 45 minutes on one free core.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ from equivalence import (  # noqa: E402
 
 CELLS_A_WORKER = 60  # then a new process: compiled programs are never given back to the system
 # What a cell runs through; a change elsewhere cannot change a number.
-CODE = ("llm_jax/config", "llm_jax/kernels", "llm_jax/models", "llm_jax/objectives", "llm_jax/sharding.py",
-        "llm_jax/precision.py", "llm_jax/rng.py", "llm_jax/training/step.py", "tests/equivalence.py", "tests/tiny.py")  # fmt: skip
+CODE = (
+    "llm_jax/config", "llm_jax/kernels", "llm_jax/models", "llm_jax/objectives", "llm_jax/sharding.py",
+    "llm_jax/precision.py", "llm_jax/rng.py", "llm_jax/training/step.py", "tests/equivalence.py", "tests/tiny.py",
+)  # fmt: skip
 
 
 def code_version() -> str:
@@ -62,6 +65,11 @@ def code_version() -> str:
 
 
 def prepare_worker() -> None:
+    def end_with_parent() -> None:  # a killed parent cannot say that there is no more work
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -112,7 +120,8 @@ def in_words(record: dict[str, Any]) -> str:
     if "error" in record:
         return f"FAILED {record['cell']}: {record['error'].splitlines()[0]}"
     figures = f"loss {record['loss_error']:.1e}, gradients {record['gradient_error']:.1e}, {record['seconds']:.1f} s"
-    return f"{'equal' if record['passed'] else 'FAILED'} {record['cell']}: {figures}" + "".join(record["complaints"][:1])
+    complaint = "".join(f"; {line}" for line in record["complaints"][:1])
+    return f"{'equal' if record['passed'] else 'FAILED'} {record['cell']}: {figures}{complaint}"
 
 
 @contextlib.contextmanager
@@ -136,8 +145,34 @@ def progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 # ------------------------------------------------------------------------------------------------ the table
 
+TABLE = """\
+# Any mesh, any combination, equal to one device
 
-def table(records: dict[str, dict[str, Any]]) -> str:
+    python -m benchmarks.equivalence
+
+Every mesh of {devices} fake CPU devices with each of 32 combinations: rows packed or not, accumulation 1 or 4,
+layers scanned or not, the loss in chunks or not, a dense MLP or a mixture of experts. Each is the gradient of a whole
+training batch ({rows} rows of {length} tokens) in float64, with z-loss, label smoothing and the router's terms, against
+one plain program on one device: no mesh, one batch, reference attention, all the logits at once. By turns: both shapes
+of a pair (2 x 4, 4 x 2), pipelines of one round and of two, dropless experts and experts with a capacity.
+
+**{passed} cells are equal, {failed} are not, {refused} are refused when the config is read{missing}.** The largest
+error of a loss is {loss} (allowed {loss_allowed:.0e}), of a gradient {gradient} (allowed {gradient_allowed:.0e}).
+
+The loss's error is relative, the largest of its terms and their sum; a gradient's is the norm of its difference over
+the norm of all gradients, the largest of all parameters. A cell in which XLA had to replicate a tensor ("involuntary
+full rematerialization") would count as unequal.
+
+| mesh | dense, equal | experts, equal | refused | loss | gradients |
+|---|---|---|---|---|---|
+{table}
+
+{notes}
+jax {jax}, Python {python[0]}.{python[1]}.
+"""
+
+
+def text(records: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each mesh, its 32 combinations summed up."""
     cells, notes = product(), Notes()
     rows = [row([cell for cell in cells if cell.mesh == mesh], records, notes) for mesh in MESHES]
@@ -145,38 +180,23 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     passed = [record for record in found if record["passed"]]
     refused = sum(bool(refusal(cell)) for cell in cells)
     missing = len(cells) - refused - len(found)
-    worst = "; no cell was run" if not passed else (
-        f". The largest error of a loss is {largest(passed, 'loss_error')} (allowed {LOSS_TOLERANCE:.0e}), of a gradient "
-        f"{largest(passed, 'gradient_error')} (allowed {GRADIENT_TOLERANCE:.0e})"
-    )  # fmt: skip
-    lines = [
-        "# Any mesh, any combination, equal to one device",
-        "",
-        "    python -m benchmarks.equivalence",
-        "",
-        f"Every mesh of {DEVICES} fake CPU devices with each of 32 combinations: rows packed or not, accumulation 1 or 4, "
-        "layers scanned or not, the loss in chunks or not, a dense MLP or a mixture of experts. Each is the gradient of a "
-        f"whole training batch ({ROWS} rows of {LENGTH} tokens, {ROWS // 4} a micro-batch) in float64, with z-loss, label "
-        "smoothing and the router's terms, against one plain program on one device: no mesh, one batch, reference "
-        "attention, all the logits at once. By turns: both shapes of a pair (2 x 4, 4 x 2), pipelines of one round and of "
-        "two, dropless experts and experts with a capacity.",
-        "",
-        f"**{len(passed)} cells are equal, {len(found) - len(passed)} are not, {refused} are refused when the config is "
-        f"read**{f', {missing} were not run yet' if missing else ''}{worst}.",
-        "",
-        "The loss's error is relative, the largest of its terms and their sum; a gradient's is the norm of its difference "
-        "over the norm of all gradients, the largest of all parameters. A cell in which XLA had to replicate a tensor "
-        "(\"involuntary full rematerialization\") would count as unequal.",
-        "",
-        "| mesh | dense, equal | experts, equal | refused | loss | gradients |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "",
-        *notes.lines(),
-        *failures(found),
-        f"jax {jax.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return TABLE.format(
+        devices=DEVICES,
+        rows=ROWS,
+        length=LENGTH,
+        passed=len(passed),
+        failed=len(found) - len(passed),
+        refused=refused,
+        missing=f", {missing} were not run yet" if missing else "",
+        loss=largest(passed, "loss_error"),
+        loss_allowed=LOSS_TOLERANCE,
+        gradient=largest(passed, "gradient_error"),
+        gradient_allowed=GRADIENT_TOLERANCE,
+        table="\n".join(rows),
+        notes="\n".join([*notes.lines(), *failures(found)]),
+        jax=jax.__version__,
+        python=sys.version_info,
+    )
 
 
 class Notes:
@@ -214,7 +234,7 @@ def row(cells: list[Cell], records: dict[str, dict[str, Any]], notes: Notes) -> 
 
 
 def largest(records: list[dict[str, Any]], name: str) -> str:
-    return f"{max(record[name] for record in records):.1e}" if records else ""
+    return f"{max(record[name] for record in records):.1e}" if records else "-"
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:
@@ -226,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="worker processes; one keeps about one core busy")
     parser.add_argument("--only", default="", help='cells whose name has this text, such as "ring 2 x tensor 4"')
-    parser.add_argument("--results", type=Path, default=ROOT / "runs/equivalence.jsonl", help="where finished cells are kept")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs/equivalence.jsonl", help="finished cells")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/equivalence.md", help="where the table goes")
     args = parser.parse_args()
 
@@ -234,9 +254,10 @@ def main() -> None:
     allowed = [cell for cell in product() if not refusal(cell)]
     ordered = list(dict.fromkeys([*covering_array(allowed), *allowed]))  # all pairs of levels first
     records = read(args.results, code)
-    run_all([cell for cell in ordered if args.only in str(cell) and str(cell) not in records], args.results, code, args.jobs)
+    waiting = [cell for cell in ordered if args.only in str(cell) and str(cell) not in records]
+    run_all(waiting, args.results, code, args.jobs)
     records = read(args.results, code)
-    args.table.write_text(table(records), encoding="utf-8")
+    args.table.write_text(text(records), encoding="utf-8")
     failed = sum(not record["passed"] for record in records.values())
     print(f"{len(records)} of {len(allowed)} cells were run, {failed} are not equal; the table is {args.table}")
     sys.exit(1 if failed else 0)

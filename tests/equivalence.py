@@ -83,9 +83,10 @@ class Cell:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices of each mesh kind: all eight, or 2 x 4 and 4 x 2 by turns; a pipeline of 2 rounds alone has 4."""
+        """Devices of each kind: eight, or 2 x 4 and 4 x 2 by turns; a pipeline of two rounds alone has four."""
         if len(self.mesh) == 2:
-            return dict(zip(self.mesh, (4, 2) if self._odd("packed", "accumulation", "chunked") else (2, 4), strict=True))
+            turned = self._odd("packed", "accumulation", "chunked")
+            return dict(zip(self.mesh, (4, 2) if turned else (2, 4), strict=True))
         return {self.mesh[0]: DEVICES // self.stage_repeats}
 
     @property
@@ -182,9 +183,8 @@ def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.nd
     objective = LanguageObjective.make(cfg)
 
     def run(params: Any, batch: Any) -> Any:
-        grads, terms, _ = step.gradients(
-            model, objective, params, batch, layout=layout, seed=3, step=jnp.int32(7), accumulation=cfg.train.accumulation
-        )
+        settings = dict(layout=layout, seed=3, step=jnp.int32(7), accumulation=cfg.train.accumulation)
+        grads, terms, _ = step.gradients(model, objective, params, batch, **settings)
         return terms | {"total": sum(k * terms[name] for name, k in objective.coefficients().items())}, grads
 
     params = params if cfg.model.scan_layers else unstacked(params)
@@ -193,7 +193,8 @@ def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.nd
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
     if layout.mesh is not None:
         params = jax.device_put(params, layout.parameter_shardings(shapes, axes))
-        outputs = {"out_shardings": (layout.replicated, layout.parameter_shardings(shapes, axes, layout.gradient_rules))}
+        shardings = layout.parameter_shardings(shapes, axes, layout.gradient_rules)
+        outputs = {"out_shardings": (layout.replicated, shardings)}
     batch = layout.put_batch(packed(ROWS, LENGTH), ROWS)
     terms, grads = jax.tree.map(np.asarray, jax.jit(run, **outputs, compiler_options=QUICK)(params, batch))
     return terms, grads if cfg.model.scan_layers else stacked(grads)
@@ -279,14 +280,15 @@ def errors(found: Any, expected: Any) -> tuple[float, float, str]:
     (terms, grads), (true_terms, true_grads) = found, expected
     assert terms.keys() == true_terms.keys() and jax.tree.structure(grads) == jax.tree.structure(true_grads)
     loss_error = max(relative(terms[name], true_terms[name]) for name in terms)
-    norm = math.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(true_grads)))
-    apart = jax.tree.map(lambda a, b: float(np.linalg.norm((a.astype(np.float64) - b).ravel()) / norm), grads, true_grads)
-    # NaN sorts above all numbers
-    error, name = max(
-        ((e, path_name(path)) for path, e in jax.tree_util.tree_leaves_with_path(apart)),
-        key=lambda pair: (math.isnan(pair[0]), pair),
-    )
+    total = norm(jax.tree.leaves(true_grads))
+    apart = jax.tree.map(lambda a, b: norm([a.astype(np.float64) - b]) / total, grads, true_grads)
+    named = [(error, path_name(path)) for path, error in jax.tree_util.tree_leaves_with_path(apart)]
+    error, name = max(named, key=lambda pair: (math.isnan(pair[0]), pair))
     return loss_error, error, name
+
+
+def norm(arrays: list[np.ndarray]) -> float:
+    return math.sqrt(sum(np.square(array).sum() for array in arrays))
 
 
 def relative(value: np.ndarray, expected: np.ndarray) -> float:

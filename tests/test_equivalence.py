@@ -15,7 +15,6 @@ from equivalence import (
     AXES,
     FACTORS,
     MESHES,
-    PLAIN,
     Cell,
     Found,
     covering_array,
@@ -33,8 +32,11 @@ from equivalence import (
 
 ALLOWED = [cell for cell in product() if not refusal(cell)]
 ARRAY = covering_array(ALLOWED)
-FIRST = [("data", "fsdp"), ("tensor", "ring"), ("fsdp", "all_to_all"), ("ring", "expert"), ("tensor", "stage"), ("expert", "stage")]
-ALWAYS = [next(cell for cell in ARRAY if cell.mesh == mesh) for mesh in FIRST]  # the others: pytest -m slow
+REPRESENTATIVES = [
+    ("data", "fsdp"), ("tensor", "ring"), ("fsdp", "all_to_all"), ("ring", "expert"), ("tensor", "stage"),
+    ("expert", "stage"),
+]  # fmt: skip
+ALWAYS = [next(cell for cell in ARRAY if cell.mesh == mesh) for mesh in REPRESENTATIVES]  # the others: pytest -m slow
 DRAWN = 4
 
 
@@ -70,7 +72,7 @@ def test_the_array_has_all_pairs_of_levels():
     assert levels["mesh"] == set(MESHES) - {("ring", "all_to_all")}
     assert all(levels[factor] == set(FACTORS[factor]) for factor in list(levels)[1:])
     assert found == frozenset().union(*map(pairs, ALLOWED))
-    assert ARRAY == covering_array(ALLOWED)
+    assert covering_array(ALLOWED) == ARRAY
     # what goes by turns: both shapes of pairs, both forms of experts, pipelines of one round and of two
     assert {tuple(cell.sizes.values()) for cell in ARRAY if len(cell.mesh) == 2} == {(2, 4), (4, 2)}
     for kind in ("expert", "stage", "ring"):
@@ -98,7 +100,7 @@ def test_refused_cells():
         assert bool(said) == bool(expected) and (not said or any(reason in said for reason in expected)), (cell, said)
 
 
-# ------------------------------------------------------------------------------------------ other things that may not matter
+# ------------------------------------------------------------------------------------------ what else may not matter
 
 DROPOUT = tuple(f"model.dropout.{place}=0.2" for place in ("embedding", "attention_output", "mlp_output"))
 ATTENTION_DROPOUT = (*DROPOUT, "model.dropout.attention=0.2")
@@ -141,7 +143,9 @@ def test_attention_dropout_over_split_rows_is_refused():
 # In float32 and bfloat16 a sum's order matters. Tolerances, against one device in float64: what one device itself is
 # off by in that precision, about 2^-24 and 2^-9 times the root of the number of roundings on the way, with room for 4.
 LOW = {"float32": (2e-6, 2e-6), "bfloat16": (4e-3, 4e-2)}
-LOW_MESHES = [("data", "fsdp"), ("fsdp", "tensor"), ("ring",), ("tensor", "all_to_all"), ("fsdp", "stage"), ("fsdp", "expert")]
+LOW_MESHES = [
+    ("data", "fsdp"), ("fsdp", "tensor"), ("ring",), ("tensor", "all_to_all"), ("fsdp", "stage"), ("fsdp", "expert"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
