@@ -32,6 +32,15 @@ C chunk:
 `kept` is what the scan over layers stacks (exact with remat, within 0.1 % without; jax 0.12). `loss` and `layer` say
 what must live at once if XLA fuses nothing more; it often does, so the measured figure may be a quarter lower. The last
 column says by how much.
+
+Then the gradient of attention alone on rows whose tokens lie on 8 devices (N heads of H, t = T / 8 tokens a device), for
+each device:
+
+    reference    3 N t T             the scores of its queries with all keys, their exponentials, a gradient
+    all_to_all   3 (N / 8) T T       the same of whole rows, for its share of the heads
+    ring         12 N H t + 3 N tile^2
+                                     queries, keys, values, the result, their gradients and what travels; a tile's scores:
+                                     linear in the length, once t is above two tiles
 """
 
 import argparse
@@ -39,15 +48,18 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import DecoderConfig, MeshConfig
+from llm_jax.kernels.attention import AttentionOptions, select
+from llm_jax.kernels.masks import causal_mask
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
-from llm_jax.sharding import Layout
+from llm_jax.sharding import Layout, make_layout
 from llm_jax.training import step
 
 MODEL = DecoderConfig(
@@ -106,11 +118,47 @@ def formula(case: Case) -> int:
     return 4 * (tokens * case.layers * kept[case.remat] + max(loss, layer))
 
 
+HEADS, HEAD_DIM, PARTS, TILE = 8, 32, 8, 512
+ATTENTIONS = {
+    "reference": lambda length: 3 * HEADS * (length // PARTS) * length,
+    "all_to_all": lambda length: 3 * (HEADS // PARTS) * length * length,
+    "ring": lambda length: 12 * HEADS * HEAD_DIM * (length // PARTS) + 3 * HEADS * min(TILE, length // PARTS // 2) ** 2,
+}
+
+
+def measured_attention(name: str, length: int) -> int:
+    """Bytes of temporary memory on each of 8 devices that share a row's tokens."""
+    layout = make_layout(MeshConfig(data=1, sequence=PARTS))
+    shape = dict(heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, length=length, length_parts=PARTS)
+    kernel = select(name, AttentionOptions(**shape), "cpu")
+    sharding = layout.activation_sharding("batch", "length", "heads", "head_dim")
+    x = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.float32, sharding=sharding)
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.square(kernel.attend(query, key, value, causal_mask(length), layout=layout)).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def attention_table() -> list[dict[str, Any]]:
+    print("\n{:>6} {:>11} {:>11} {:>10} {:>5}".format("length", "attention", "measured MB", "formula MB", "ratio"))
+    records = []
+    for name, count in ATTENTIONS.items():
+        for length in (1024, 2048, 4096, 8192, 16384, 32768):
+            found, expected = measured_attention(name, length), 4 * count(length)
+            records.append({"attention": name, "length": length, "measured": found, "formula": expected})
+            row = f"{length:>6} {name:>11} {found / 1e6:>11.1f} {expected / 1e6:>10.1f} {found / expected:>5.2f}"
+            print(row, flush=True)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the figures go")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", PARTS)
 
     titles = ("length", "batch", "layers", "remat", "loss", "measured MB", "formula MB", "ratio")
     print("{:>6} {:>5} {:>6} {:>13} {:>7} {:>11} {:>10} {:>5}".format(*titles))
@@ -125,6 +173,7 @@ def main() -> None:
                 row = f"{case.length:>6} {case.batch:>5} {case.layers:>6} {remat:>13} {loss:>7} "
                 row += f"{found / 1e6:>11.1f} {expected / 1e6:>10.1f} {found / expected:>5.2f}"
                 print(row, flush=True)
+    records += attention_table()
     if args.json:
         args.json.write_text(json.dumps({"jax": jax.__version__, "cases": records}, indent=2) + "\n")
 

@@ -154,11 +154,11 @@ class Layout:
 
     def batch_sharding(self, ndim: int = 2) -> NamedSharding | None:
         """How a batch feature is split: (batch, length), or with another rank (batch, ...)."""
-        if self.mesh is None:
-            return None
-        axes = ("batch", "length") if ndim == 2 else ("batch",) + (None,) * (ndim - 1)
-        spec = self.spec(axes, self.activation_rules)
-        return NamedSharding(self.mesh, spec)
+        return self.activation_sharding(*(("batch", "length") if ndim == 2 else ("batch",) + (None,) * (ndim - 1)))
+
+    def activation_sharding(self, *axes: str | None) -> NamedSharding | None:
+        """How an activation of these logical axes is split."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes, self.activation_rules))
 
     @property
     def batch_shards(self) -> int:
