@@ -163,11 +163,17 @@ The loss's error is relative, the largest of its terms and their sum; a gradient
 the norm of all gradients, the largest of all parameters. A cell in which XLA had to replicate a tensor ("involuntary
 full rematerialization") would count as unequal.
 
-| mesh | dense, equal | experts, equal | refused | loss | gradients |
-|---|---|---|---|---|---|
+| mesh | equal | refused | largest error of a loss | of a gradient |
+|---|---|---|---|---|
 {table}
 
 {notes}
+Cell by cell: `=` equal, `x` not equal, `-` refused, `.` not run.
+
+```
+{grid}
+```
+
 jax {jax}, Python {python[0]}.{python[1]}.
 """
 
@@ -175,7 +181,8 @@ jax {jax}, Python {python[0]}.{python[1]}.
 def text(records: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each mesh, its 32 combinations summed up."""
     cells, notes = product(), Notes()
-    rows = [row([cell for cell in cells if cell.mesh == mesh], records, notes) for mesh in MESHES]
+    by_mesh = {mesh: [cell for cell in cells if cell.mesh == mesh] for mesh in MESHES}
+    rows = [row(mesh, by_mesh[mesh], records, notes) for mesh in MESHES]
     found = [records[str(cell)] for cell in cells if str(cell) in records]
     passed = [record for record in found if record["passed"]]
     refused = sum(bool(refusal(cell)) for cell in cells)
@@ -193,6 +200,7 @@ def text(records: dict[str, dict[str, Any]]) -> str:
         gradient=largest(passed, "gradient_error"),
         gradient_allowed=GRADIENT_TOLERANCE,
         table="\n".join(rows),
+        grid="\n".join(grid(by_mesh, records)),
         notes="\n".join([*notes.lines(), *failures(found)]),
         jax=jax.__version__,
         python=sys.version_info,
@@ -215,22 +223,39 @@ class Notes:
         return ["Refused, for example with:", "", *listed, ""]
 
 
-def row(cells: list[Cell], records: dict[str, dict[str, Any]], notes: Notes) -> str:
-    refused = [refusal(cell) for cell in cells if refusal(cell)]
-    letters = sorted({notes.letter(reason) for reason in refused})
-    found = [records[str(cell)] for cell in cells if str(cell) in records]
-    passed = [record for record in found if record["passed"]]
+def row(mesh: tuple[str, ...], cells: list[Cell], records: dict[str, dict[str, Any]], notes: Notes) -> str:
+    reasons = [refusal(cell) for cell in cells if refusal(cell)]
+    letters = ", ".join(sorted({notes.letter(reason) for reason in reasons}))
+    passed = [record for cell in cells if (record := records.get(str(cell))) and record["passed"]]
+    equal = f"{len(passed)} of {len(cells) - len(reasons)}"
+    refused = f"{len(reasons)} ({letters})" if reasons else ""
+    values = (" x ".join(mesh), equal, refused, largest(passed, "loss_error"), largest(passed, "gradient_error"))
+    return f"| {' | '.join(values)} |"
 
-    def share(moe: bool) -> str:
-        asked = [cell for cell in cells if cell.moe == moe and not refusal(cell)]
-        equal = sum(records.get(str(cell), {}).get("passed", False) for cell in asked)
-        return f"{equal} of {len(asked)}" if asked else ""
 
-    return " | ".join([
-        "| " + " x ".join(cells[0].mesh), share(False), share(True),
-        f"{len(refused)} ({', '.join(letters)})" if refused else "",
-        largest(passed, "loss_error"), largest(passed, "gradient_error") + " |",
-    ])  # fmt: skip
+def grid(by_mesh: dict[tuple[str, ...], list[Cell]], records: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each mesh with a letter for each of its cells; above, lines that say which is which."""
+
+    def line(name: str, letters: list[str]) -> str:
+        groups = ["".join(letters[i : i + 4]) for i in range(0, len(letters), 4)]
+        return f"{name:<20} {' '.join(groups)}".rstrip()
+
+    def state(cell: Cell) -> str:
+        if refusal(cell):
+            return "-"
+        record = records.get(str(cell))
+        return "." if record is None else "=" if record["passed"] else "x"
+
+    cells = next(iter(by_mesh.values()))
+    return [
+        line("p: packed", ["p" if cell.packed else " " for cell in cells]),
+        line("4: accumulation 4", ["4" if cell.accumulation > 1 else " " for cell in cells]),
+        line("s: layers scanned", ["s" if cell.scan else " " for cell in cells]),
+        line("c: chunked loss", ["c" if cell.chunked else " " for cell in cells]),
+        line("e: experts", ["e" if cell.moe else " " for cell in cells]),
+        "",
+        *(line(" x ".join(mesh), list(map(state, cells))) for mesh, cells in by_mesh.items()),
+    ]
 
 
 def largest(records: list[dict[str, Any]], name: str) -> str:
