@@ -185,7 +185,7 @@ def counts(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 SPLIT_RESIDUAL = "mesh.activation_rules=residual_length=sequence+tensor"
 LONG_ROWS = (
-    "data.sequence_length=131072",
+    "data.sequence_length=32768",
     "train.global_batch_size=128",
     "mesh.fsdp=64",
     "mesh.sequence=8",
