@@ -141,9 +141,11 @@ def test_attention_dropout_over_split_rows_is_refused():
         assert "it lacks dropout" in refusal(changed(kind, changes=ATTENTION_DROPOUT))
 
 
-# In float32 and bfloat16 a sum's order matters. Tolerances, against one device in float64: what one device itself is
-# off by in that precision, about 2^-24 and 2^-9 times the root of the number of roundings on the way, with room for 4.
-LOW = {"float32": (2e-6, 2e-6), "bfloat16": (4e-3, 4e-2)}
+# Of the loss and of a gradient, against one device in float64. One device itself is off by 9e-7 and 5e-7 in float32, in
+# bfloat16 by 4e-4 and 1.4e-2, with eight layers 5.6e-2: every product is rounded. Where sums are cut in pieces, the
+# roundings are other ones, not many more: so no mesh may be off by more than four times what one device is.
+LOW = {"float32": (4e-6, 2e-6), "bfloat16": (2e-3, 1e-1)}
+TIMES_ONE_DEVICE = 4
 LOW_MESHES = [
     ("data", "fsdp"), ("fsdp", "tensor"), ("ring",), ("tensor", "all_to_all"), ("fsdp", "stage"), ("fsdp", "expert"),
 ]  # fmt: skip
@@ -153,14 +155,15 @@ LOW_MESHES = [
 @pytest.mark.parametrize("compute", LOW)
 @pytest.mark.parametrize("mesh", LOW_MESHES, ids="-".join)
 def test_in_low_precision_with_float32_masters(mesh, compute):
-    """No mesh is further from the truth than twice what one device is, and the loss's sums are in float32."""
+    """Every sum of losses and of gradients over tokens and devices stays in float32."""
     if compute == "bfloat16" and "expert" in mesh:
         pytest.skip("a rounding of bfloat16 can send a token to another expert, which no tolerance is for")
     cell = changed(*mesh, changes=["precision.params=float32", f"precision.compute={compute}"], accumulation=4,
                    chunked=True, moe="expert" in mesh)  # fmt: skip
     found, plain = measure(cell), plain_errors(cell)
     loss, gradient = LOW[compute]
-    assert found.loss_error <= loss and found.gradient_error <= min(gradient, 2 * plain[1]), (found, plain)
+    assert found.loss_error <= loss, (found, plain)
+    assert found.gradient_error <= min(gradient, TIMES_ONE_DEVICE * plain[1]), (found, plain)
     assert found.complaints == ()
     assert found.gradient_error > 1e-9  # it was computed in that precision
 
