@@ -147,6 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="FOLDER", required=True, help="the new folder to write")
     export.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
 
+    add_convert(commands)
     data = Commands(commands.add("data", None, "prepare or look at training data"))
     data.add("prepare", prepare_command, "tokenize a config's data into the cache, as train would", config=True)
     inspect = data.add("inspect", inspect_command, "show rows of a config's batches, as trained on", config=True)
@@ -166,6 +167,29 @@ def add_generate(commands: "Commands") -> None:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     generate.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts a prompt (default: 1)")
+
+
+def add_convert(commands: "Commands") -> None:
+    text = "turn a checkpoint of the Hugging Face hub into a run's folder, or a run into one"
+    convert = commands.add("convert", convert_command, text, overrides=True)
+    convert.epilog = (
+        "One side is hf:PATH (or from the hub hf:OWNER/NAME), the other a run's folder:\n"
+        "  llm-jax convert --from=hf:meta-llama/Llama-3.1-8B --to=runs/llama --config.mesh.fsdp=-1\n"
+        "  llm-jax convert --from=runs/llama --to=hf:exported\n"
+        "It ends by comparing logits with the source's; exit code 6: there was nothing to compare with."
+    )
+    convert.add_argument("--from", dest="source", metavar="WHAT", help="hf:PATH_OR_NAME, or a run's folder")
+    convert.add_argument("--to", metavar="WHERE", help="the new run's folder, or hf:PATH of a new folder")
+    convert.add_argument("--dtype", metavar="NAME", choices=("float32", "bfloat16", "float16", "float64"),
+                         help="of the tensors written (default: as they are in the source)")  # fmt: skip
+    convert.add_argument("--revision", metavar="REV", help="branch, tag or commit of a name on the hub")
+    convert.add_argument("--step", type=int, metavar="N", help="checkpoint of a run to take (default: the latest)")
+    convert.add_argument("--architecture", metavar="NAME", help="to hf: of --list (default: the source's, or the first "
+                         "that can say the model)")  # fmt: skip
+    convert.add_argument("--shard_gb", type=float, default=5.0, metavar="N", help="to hf: largest file (default: 5 GB)")
+    convert.add_argument("--no_check", action="store_true", help="do not compare logits; ends with exit code 6")
+    convert.add_argument("--dry_run", action="store_true", help="from hf: list what becomes what, and stop")
+    convert.add_argument("--list", action="store_true", help="list the architectures that can be converted, and stop")
 
 
 class Commands:
@@ -250,6 +274,53 @@ def export_command(args: argparse.Namespace) -> int:
 
     print(restore.export(workdir, folder, args.step))
     return 0
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    if not args.list:
+        check_sides(args)
+    from llm_jax.training import convert
+
+    if args.list:
+        print(convert.support_table())
+        return 0
+    source, to = args.source.removeprefix("hf:"), args.to and absolute_folder(args.to.removeprefix("hf:"))
+    options: dict[str, Any] = dict(dtype=args.dtype)
+    if args.source.startswith("hf:"):
+        options |= dict(overrides=args.overrides, revision=args.revision)
+        if args.dry_run:
+            print(convert.mapping(source, **options))
+        else:
+            convert.from_hub(source, to, check=not args.no_check, **options)
+        return 0
+    workdir = existing_run(source, "--from")
+    start()
+    options |= dict(step=args.step, architecture=args.architecture, shard_bytes=int(args.shard_gb * 1e9))
+    convert.to_hub(workdir, to, check=not args.no_check, **options)
+    return 0
+
+
+def check_sides(args: argparse.Namespace) -> None:
+    """One side is of the hub, the other a run; and each flag belongs to the way that is taken."""
+    if not args.source or not (args.to or args.dry_run):
+        raise UserError("convert needs --from and --to, one of them hf:PATH and the other a run's folder")
+    into_run = args.source.startswith("hf:")
+    if args.to and into_run == args.to.startswith("hf:"):
+        raise UserError(
+            f"--from={args.source} --to={args.to}: exactly one of the two begins with hf:, the other is a run's folder"
+        )
+    if args.to and is_remote(args.to.removeprefix("hf:")):
+        raise UserError(f"--to={args.to}: give a path; mount remote storage first")
+    one_way = {
+        True: dict(step=args.step, architecture=args.architecture),
+        False: dict(revision=args.revision, dry_run=args.dry_run, config=args.overrides),
+    }
+    for name, value in one_way[into_run].items():
+        if value:
+            way = "from a run to hf:" if into_run else "from hf: to a run"
+            raise UserError(f"--{name} is for converting {way}, and this goes the other way; leave it out")
+    if args.shard_gb <= 0:
+        raise UserError(f"--shard_gb={args.shard_gb:g}: give a size above 0")
 
 
 def prepare_command(args: argparse.Namespace) -> int:
@@ -343,13 +414,13 @@ def make_writable(workdir: str) -> None:
         raise UserError(f"--workdir={workdir}: no run can be written there ({reason}); give another folder") from None
 
 
-def existing_run(folder: str) -> str:
+def existing_run(folder: str, flag: str = "--workdir") -> str:
     workdir = absolute_folder(folder)
     if not is_remote(workdir) and not os.path.isdir(workdir):
         parent = os.path.dirname(workdir)
         names = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
         close = did_you_mean(os.path.basename(workdir), names, "train makes one: llm-jax train --help")
-        raise UserError(f"--workdir={folder}: there is no run folder {workdir}; {close}")
+        raise UserError(f"{flag}={folder}: there is no run folder {workdir}; {close}")
     return workdir
 
 

@@ -31,3 +31,15 @@ class CorruptCheckpointError(Exception):
     """Checkpoints exist but none can be restored; training does not start from scratch behind the user's back."""
 
     exit_code = 5
+
+
+class Unproven(Exception):
+    """A conversion was written, and nothing was there to compare the model's logits with."""
+
+    exit_code = 6
+
+
+class ConversionMismatch(Exception):
+    """A converted model's logits are not those of its source; nothing was kept."""
+
+    exit_code = 7

@@ -148,6 +148,25 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
+    def summed(self, parts: jax.Array, *axes: str) -> jax.Array:
+        """The sum over the first two axes of (S, P, ...), of which each device has a part, placed as a parameter.
+
+        S is split as "batch" is and P as "length". The sum goes over the mesh axes that split the parameter first: each
+        device keeps its piece of it, and only pieces go over the other axes, between slices or nodes.
+        """
+        if self.mesh is None:
+            return parts.sum((0, 1))
+        table = dict(self.activation_rules)
+        over = [*table["batch"], *table["length"]]
+        places = [dict(self.parameter_rules)[axis] for axis in axes]
+        parts = parts.reshape(*(self.mesh.shape[name] for name in over), *parts.shape[2:])
+        for name in sorted(over, key=lambda name: not any(name in place for place in places)):
+            parts = parts.sum(over.index(name))
+            over.remove(name)
+            done = [tuple(n for n in place if n not in over) or None for place in places]
+            parts = jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, PartitionSpec(*over, *done)))
+        return parts
+
     @property
     def replicated(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())

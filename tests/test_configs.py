@@ -26,7 +26,7 @@ def variants() -> list[str]:
     for name in config_names():
         with open(find_config(name), encoding="utf-8") as file:
             text = file.read()
-        found += [name, *dict.fromkeys(re.findall(rf"--config={re.escape(name)}:\w+", text))]
+        found += [name, *dict.fromkeys(re.findall(rf"--config={re.escape(name)}:[\w-]+", text))]
     return [spec.removeprefix("--config=") for spec in found]
 
 
@@ -40,7 +40,8 @@ SMALLER = {
 }  # fmt: skip
 FIXED = {
     "model.embed_dim": 32, "model.head_dim": 0, "model.mlp_dim": 0, "train.steps": 2, "train.tokens": 0, "train.epochs": 0,
-    "optim.warmup_ratio": 0, "optim.decay_steps": 0, "optim.cooldown_ratio": 0.5, "log.trackers": "", "mesh.tensor": 1,
+    "optim.warmup_ratio": 0, "optim.decay_steps": 0, "optim.cooldown_ratio": 0.5, "log.trackers": "", "mesh.data": -1,
+    "mesh.fsdp": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.tensor": 1, "mesh.across_slices": "", "mesh.activation_rules": "",
     "eval.every": 0, "checkpoint.every": 0, "optim.learning_rate": 1e-3, "generate.max_tokens": 0, "checkpoint.init_from": "", "checkpoint.resume_from": "", "log.profile_start": 0,
     "log.profile_steps": 0, "train.global_batch_size": 16, "train.per_device_batch_size": 0,
 }  # fmt: skip
@@ -70,7 +71,9 @@ def shrunk(spec: str, folder) -> list[str]:
 
 
 def test_all_arguments_are_found():
-    assert {"shakespeare_char:cpu", "gpt2/124m:fineweb", "gpt2/124m:openwebtext", "gpt2/124m:rotary"} <= set(SPECS)
+    assert {"shakespeare_char:cpu", "gpt2/124m:fineweb", "gpt2/124m:openwebtext", "gpt2/124m:rotary", "llama3/8b:h100x64"} <= set(
+        SPECS
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -79,13 +82,14 @@ def test_describes_itself(capsys, tmp_path, spec):
     check(load(spec))
     (tmp_path / "input.txt").write_text("to be or not to be" * 9)
     needs_text = load(spec).data.tokenizer == "char"
-    overrides = ["--config.mesh.data=1", "--config.mesh.fsdp=1"]
+    open_size = -1 in vars(load(spec).mesh).values()  # else it names a machine
+    overrides = ["--config.mesh.data=1", "--config.mesh.fsdp=1"] if open_size else []
     overrides += [f"--config.data.path={tmp_path}/input.txt"] if needs_text else []
     assert cli.main(["train", f"--config={spec}", f"--workdir={tmp_path}/run", "--dry_run", *overrides]) == 0
     out = capsys.readouterr().out
     assert f'"name": "{load(spec).name}"' in out
     assert re.search(r"^[\d,]+ parameters; [\d,]+ tokens a step; \S+ FLOPs a step \(\d+% of them attention\)$", out, re.M)
-    assert re.search(r"^mesh: data \d+ x fsdp \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
+    assert re.search(r"^mesh: stage \d+ x data \d+ x fsdp \d+ x expert \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
     assert re.search(r"^memory a device: [\d,.]+ MiB of state", out, re.M)
     assert not (tmp_path / "run").exists()
 

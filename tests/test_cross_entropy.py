@@ -155,7 +155,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(x64, capfd, split):
     sizes = lambda lines: elements("\n".join(collective.split(line)[0] for line in lines))  # noqa: E731
     rows, _, features, vocab = EIGHT
     assert max(sizes(in_loops)) <= rows * 6 * features // 4  # a device's rows of d_x
-    assert set(sizes(outside)) == {features * vocab // 2}  # a device's part of d_head, and scalars
+    # d_head over tensor is summed over fsdp, where each device keeps its piece, and the pieces then over data
+    assert set(sizes(outside)) <= {features * vocab // 2, features * vocab // 4} and sizes(outside)
     assert {collective.search(line)[1] for line in exchanges} <= {"all-reduce", "all-gather"}  # a maximum is gathered
     assert "rematerialization" not in capfd.readouterr().err
 

@@ -112,14 +112,14 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to(dtype):
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 3, 4)], ids=len)
 def test_linear(x64, leading):
     x, kernel, bias = normal(1, *leading, 6), normal(2, 6, 7), normal(3, 7)
-    layer = Linear(7, ("embed", "mlp"), nn.initializers.ones, FLOAT64, use_bias=True)
+    layer = Linear(7, ("embed", "mlp"), nn.initializers.ones, Layout(), FLOAT64, use_bias=True)
     out = layer.apply({"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, jnp.asarray(x))
     expected = [[sum(row[i] * kernel[i, j] for i in range(6)) + bias[j] for j in range(7)] for row in x.reshape(-1, 6)]
     np.testing.assert_allclose(out, np.reshape(expected, (*leading, 7)), rtol=0, atol=1e-12)
 
 
 def test_linear_axes_and_dtypes():
-    layer = Linear(7, ("embed", "mlp"), nn.initializers.ones, Precision(jnp.dtype("float32")), use_bias=True)
+    layer = Linear(7, ("embed", "mlp"), nn.initializers.ones, Layout(), Precision(jnp.dtype("float32")), use_bias=True)
     boxes = layer.init(jax.random.key(0), jnp.ones((1, 6), jnp.bfloat16))["params"]
     assert boxes["kernel"].names == ("embed", "mlp") and boxes["bias"].names == ("mlp",)
     assert boxes["kernel"].value.dtype == jnp.float32

@@ -1,6 +1,6 @@
 """LLaMA-2 13B: 40 layers of 5,120, MLPs of 13,824, 40 heads of 128, as many key-value heads; 13,015,864,320 parameters.
 
-Command    llm-jax train --config=llama2/13b.py:h100x128 --config.data.path='train_*.bin'
+Command    llm-jax train --config=llama2/13b:h100x128 --config.data.path='train_*.bin'
 Data       token files with LLaMA-2's vocabulary (32,000), held-out ones as data.validation_path; 2T tokens in the paper
 Hardware   h100x128, v5p-256 or any other of configs/machines.py; it sets the mesh (launch/meshes.md)
 Hours      368,640 A100 hours were published; others: 2T tokens x FLOPs a token (--dry_run) / (devices x peak x MFU)

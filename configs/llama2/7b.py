@@ -1,6 +1,6 @@
 """LLaMA-2 7B: 32 layers of 4,096, MLPs of 11,008, 32 heads of 128, as many key-value heads; 6,738,415,616 parameters.
 
-Command    llm-jax train --config=llama2/7b.py:h100x64 --config.data.path='train_*.bin'
+Command    llm-jax train --config=llama2/7b:h100x64 --config.data.path='train_*.bin'
 Data       token files with LLaMA-2's vocabulary (32,000), held-out ones as data.validation_path; 2T tokens in the paper
 Hardware   h100x64, v5p-128 or any other of configs/machines.py; it sets the mesh (launch/meshes.md)
 Hours      184,320 A100 hours were published; others: 2T tokens x FLOPs a token (--dry_run) / (devices x peak x MFU)

@@ -1,6 +1,6 @@
 """LLaMA-3.1 405B: 126 layers of 16,384, MLPs of 53,248, 128 heads of 128, 8 for keys; 405,853,388,800 parameters.
 
-Command    llm-jax train --config=llama3/405b.py:h100x512 --config.data.path='train_*.bin'
+Command    llm-jax train --config=llama3/405b:h100x512 --config.data.path='train_*.bin'
 Data       Megatron token files (32 bits) with LLaMA-3's vocabulary (128,256), held-out ones as data.validation_path;
            15.6T tokens in the paper
 Batch      16M tokens a step, the paper's last and longest stage

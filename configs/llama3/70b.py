@@ -1,6 +1,6 @@
 """LLaMA-3.1 70B: 80 layers of 8,192, MLPs of 28,672, 64 heads of 128, 8 for keys; 70,553,706,496 parameters.
 
-Command    llm-jax train --config=llama3/70b.py:h100x512 --config.data.path='train_*.bin'
+Command    llm-jax train --config=llama3/70b:h100x512 --config.data.path='train_*.bin'
 Data       Megatron token files (32 bits) with LLaMA-3's vocabulary (128,256), held-out ones as data.validation_path;
            15.6T tokens in the paper
 Batch      8M tokens a step are ours: the paper gives no batch for this size

@@ -1,6 +1,6 @@
 """LLaMA-3.1 8B: 32 layers of 4,096, MLPs of 14,336, 32 heads of 128, 8 for keys; 8,030,261,248 parameters.
 
-Command    llm-jax train --config=llama3/8b.py:h100x64 --config.data.path='train_*.bin'
+Command    llm-jax train --config=llama3/8b:h100x64 --config.data.path='train_*.bin'
 Data       Megatron token files (32 bits) with LLaMA-3's vocabulary (128,256), held-out ones as data.validation_path;
            15.6T tokens in the paper
 Batch      8M tokens a step are ours: the paper gives no batch for this size

@@ -1,6 +1,6 @@
 """Mixtral 8x22B: 56 layers of 6,144, 8 experts of 16,384 (2 a token), 48 heads, 8 for keys; 140,620,634,112 parameters.
 
-Command    llm-jax train --config=mixtral/8x22b.py:h100x256 --config.data.path='train_*.bin'
+Command    llm-jax train --config=mixtral/8x22b:h100x256 --config.data.path='train_*.bin'
 Data       token files with Mistral's vocabulary (32,000), held-out ones as data.validation_path
 Hardware   h100x256, v5p-512 or any other of configs/machines.py; it sets the mesh (launch/meshes.md)
 Hours      none were published: tokens x FLOPs a token (--dry_run) / (devices x peak x MFU)

@@ -1,6 +1,6 @@
 """Mixtral 8x7B: 32 layers of 4,096, 8 experts of 14,336 (2 a token), 32 heads, 8 for keys; 46,702,792,704 parameters.
 
-Command    llm-jax train --config=mixtral/8x7b.py:h100x64 --config.data.path='train_*.bin'
+Command    llm-jax train --config=mixtral/8x7b:h100x64 --config.data.path='train_*.bin'
 Data       token files with Mistral's vocabulary (32,000), held-out ones as data.validation_path
 Hardware   h100x64, v5p-128 or any other of configs/machines.py; it sets the mesh (launch/meshes.md)
 Hours      none were published: tokens x FLOPs a token (--dry_run) / (devices x peak x MFU)

@@ -214,7 +214,7 @@ def _backward(form: _Form, saved, cotangents):
     zeros = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
     zeros = form.layout(zeros, "batch", "length", "embed", "vocab")
     d_head, d_x = jax.lax.scan(piece, zeros, (x, log_z, targets, d_loss, d_log_z))
-    return d_x, d_head.sum((0, 1)).astype(head.dtype), None
+    return d_x, form.layout.summed(d_head, "embed", "vocab").astype(head.dtype), None
 
 
 _over_pieces.defvjp(_forward, _backward)

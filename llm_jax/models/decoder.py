@@ -228,9 +228,10 @@ class Decoder(nn.Module):
     def _head(self, x: jax.Array, embedding: Embedding) -> jax.Array:
         if self.cfg.tie_embeddings:
             return embedding.head()
-        head = Linear(padded_vocab(self.cfg), ("embed", "vocab"), linear_init(self.cfg), self.precision, name="head")
+        parts = (self.layout, self.precision)
+        head = Linear(padded_vocab(self.cfg), ("embed", "vocab"), linear_init(self.cfg), *parts, name="head")
         return head.weights(x.shape[-1])[0].astype(x.dtype)
 
     def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
-        logits = at_least_float32(self.layout(product(x, head, wide=True), "batch", "length", "vocab"))
+        logits = at_least_float32(self.layout(product(x, head, self.layout, wide=True), "batch", "length", "vocab"))
         return capped_logits(logits, self.cfg.logits_softcap, possible_ids(self.cfg))

@@ -1,5 +1,6 @@
 """The leaf layers: Linear, Embedding, norms, dropout. Each parameter names its axes where it is declared."""
 
+import functools
 import math
 from typing import Any
 
@@ -51,21 +52,18 @@ def linear_init(cfg: DecoderConfig, *, residual: bool = False) -> nn.initializer
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis: (..., in) to (..., out).
-
-    All leading axes are flattened round the product: XLA:CPU has a fast path for plain matrix products alone, in the
-    backward pass too.
-    """
+    """y = x W + b over the last axis: (B, T, in) to (B, T, out)."""
 
     features: int
     axes: tuple[str, str]
     initializer: nn.initializers.Initializer
+    layout: Layout
     precision: Precision
     use_bias: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.weights(x.shape[-1])
-        y = product(x, kernel.astype(x.dtype), numbers=self.precision.products)
+        y = product(x, kernel.astype(x.dtype), self.layout, numbers=self.precision.products)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
     @nn.compact
@@ -78,15 +76,22 @@ class Linear(nn.Module):
         return kernel, self.param("bias", zeros, (self.features,), self.precision.params)
 
 
-def product(x: jax.Array, matrix: jax.Array, *, wide: bool = False, numbers: str = "native") -> jax.Array:
-    """(..., in) times (in, out): (..., out) in the dtype of x, or with `wide` in at least float32, the dtype of the
-    product's own sums: logits need it. `numbers` as `Precision.products`."""
-    rows = x.reshape(-1, x.shape[-1])
-    if numbers == "native":
-        dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
-        y = jnp.matmul(rows, matrix, preferred_element_type=dtype)
+def product(
+    x: jax.Array, matrix: jax.Array, layout: Layout, *, wide: bool = False, numbers: str = "native"
+) -> jax.Array:
+    """(B, T, in) times (in, out): (B, T, out) in the dtype of x, or with `wide` in at least float32, the dtype of the
+    product's own sums: logits need it. `numbers` as `Precision.products`.
+
+    Rows are put one behind the other where no mesh axis splits them: XLA:CPU has a fast path for plain matrix products
+    alone, in the backward pass too. Where one does, XLA would gather whole rows for it.
+    """
+    whole_rows = layout.activation_pieces("length") == layout.activation_pieces("residual_length") == 1
+    flat = x.reshape(-1, x.shape[-1])
+    if numbers != "native":
+        y = quantized_product(flat, matrix, numbers)
     else:
-        y = quantized_product(rows, matrix, numbers)
+        dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
+        y = jnp.matmul(flat if whole_rows else x, matrix, preferred_element_type=dtype)
     return y.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
@@ -122,7 +127,7 @@ def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:
 
 
 class Embedding(nn.Module):
-    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D).
+    """A table of `size` vectors; called with ids (B, T) it gives (B, T, D), with (...) it gives (..., D).
 
     The table is gathered over the mesh axes that shard its vectors before it is used: else the looked-up vectors would
     be split over the axes that also split the batch, and XLA would replicate them.
@@ -140,7 +145,10 @@ class Embedding(nn.Module):
         self.table = self.param("table", named(self.initializer, *self.axes), shape, self.precision.params)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self._gathered(), ids, axis=0)
+        parts = self.layout.batch_shards * self.layout.activation_pieces("length")
+        if parts == 1 or ids.ndim != 2:  # a table of buckets is small
+            return jnp.take(self._gathered(), ids, axis=0)
+        return look_up(self.table, ids, self.layout, self.axes, self.precision.compute.name)
 
     def first(self, count: int) -> jax.Array:
         """The vectors of ids 0 to count - 1, (count, D)."""
@@ -152,6 +160,39 @@ class Embedding(nn.Module):
 
     def _gathered(self) -> jax.Array:
         return self.layout(self.table.astype(self.precision.compute), *self.axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def look_up(table: jax.Array, ids: jax.Array, layout: Layout, axes: tuple[str, str], dtype: str) -> jax.Array:
+    """Vectors (B, T, D) of the ids (B, T) in a table (V, D) with logical `axes`, in `dtype`.
+
+    Its gradient is summed over the devices in stages, as `Layout.summed` does: left to itself, XLA sends whole tables
+    between slices.
+    """
+    return layout(jnp.take(layout(table.astype(dtype), *axes), ids, axis=0), "batch", "length", "embed")
+
+
+def _look_up_forward(table: jax.Array, ids: jax.Array, layout: Layout, axes: tuple[str, str], dtype: str):
+    return look_up(table, ids, layout, axes, dtype), (table, ids)
+
+
+def _look_up_backward(layout: Layout, axes: tuple[str, str], dtype: str, saved, d_x: jax.Array):
+    table, ids = saved
+    rows, lengths = layout.batch_shards, layout.activation_pieces("length")
+
+    def split(a: jax.Array) -> jax.Array:
+        """(B, T, ...) to (S, P, B / S, T / P, ...), a part for each device."""
+        a = a.reshape(rows, a.shape[0] // rows, lengths, a.shape[1] // lengths, *a.shape[2:])
+        return layout(jnp.swapaxes(a, 1, 2), "batch", "length", *(None,) * (a.ndim - 2))
+
+    def part(ids: jax.Array, d_x: jax.Array) -> jax.Array:
+        return jnp.zeros(table.shape, d_x.dtype).at[ids].add(d_x)
+
+    parts = layout(jax.vmap(jax.vmap(part))(split(ids), split(d_x)), "batch", "length", *axes)
+    return layout.summed(parts, *axes).astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def dropout(

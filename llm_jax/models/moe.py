@@ -54,9 +54,8 @@ class MoE(nn.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """(B, T, E). The kernel is gathered first: its "embed" axis is split over axes that also split the batch."""
-        router = Linear(
-            self.cfg.moe.num_experts, ("embed", "router"), linear_init(self.cfg), self.precision, name="router"
-        )
+        parts = (linear_init(self.cfg), self.layout, self.precision)
+        router = Linear(self.cfg.moe.num_experts, ("embed", "router"), *parts, name="router")
         kernel = self.layout(router.weights(x.shape[-1])[0], None, None)
         logits = jnp.einsum("btd,de->bte", at_least_float32(x), at_least_float32(kernel))
         return self.layout(logits, "batch", "length", None)

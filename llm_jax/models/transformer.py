@@ -50,19 +50,18 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.cfg
         width = cfg.mlp_dim or 4 * cfg.embed_dim
-        wide = dict(
-            axes=("embed", "mlp"), initializer=linear_init(cfg), precision=self.precision, use_bias=cfg.bias == "all"
-        )
-        up = self.layout(Linear(width, **wide, name="up")(x), "batch", "length", "mlp")
+        wide = (width, ("embed", "mlp"), linear_init(cfg), self.layout, self.precision, cfg.bias == "all")
+        up = self.layout(Linear(*wide, name="up")(x), "batch", "length", "mlp")
         up, gate = checkpoint_name(up, "mlp_up"), None
         if cfg.activation in GATED:
-            gate = self.layout(Linear(width, **wide, name="gate")(x), "batch", "length", "mlp")
+            gate = self.layout(Linear(*wide, name="gate")(x), "batch", "length", "mlp")
             gate = checkpoint_name(gate, "mlp_gate")
         hidden = activate(cfg.activation, up, gate)
         return Linear(
             cfg.embed_dim,
             ("mlp", "embed"),
             linear_init(cfg, residual=True),
+            self.layout,
             self.precision,
             use_bias=cfg.bias == "all",
             name="down",

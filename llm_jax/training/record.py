@@ -23,13 +23,20 @@ class DamagedCheckpoint(Exception):
 def make_record(step: int, arrays: Arrays, data_state: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What is saved beside the arrays. Raises TypeError where the data state is not plain JSON."""
     prints = fingerprint(arrays)
+    described = {
+        path: {"shape": list(a.shape), "dtype": str(a.dtype), "fingerprint": prints[path]} for path, a in arrays.items()
+    }
+    return sealed(step, described, data_state, metrics)
+
+
+def sealed(
+    step: int, described: Mapping[str, Any], data_state: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A record with its checksum, of arrays that are described already: {path: {"shape", "dtype", "fingerprint"}}."""
     record = {
         "format": FORMAT,
         "step": step,
-        "arrays": {
-            path: {"shape": list(a.shape), "dtype": str(a.dtype), "fingerprint": prints[path]}
-            for path, a in arrays.items()
-        },
+        "arrays": dict(described),
         "data": dict(data_state),
         "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
     }
