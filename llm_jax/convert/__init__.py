@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries, both ways: a table of invertible rules a family, and files read tensor by tensor."""

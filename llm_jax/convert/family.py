@@ -1,0 +1,102 @@
+"""What a family of models is to the converter: a name, two functions between configs, and a table of rules."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from llm_jax.config import DecoderConfig, DropoutConfig, MoEConfig, RopeConfig, from_dict
+from llm_jax.config.checks import check_model
+from llm_jax.convert.keys import Keys
+from llm_jax.convert.rules import Rule, matches
+from llm_jax.errors import ConfigError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of the hub.
+
+    Attributes:
+      title: the models people know it by.
+      architecture: what config.json calls it.
+      model_type: likewise.
+      read: config.json to the keys of `model.*`.
+      write: the model's config to config.json, where the family can say it.
+      rules: the table, for one model and the names that a checkpoint has (none: those that we write).
+      prefix: of names, left out by checkpoints of the model without its head.
+      no_parameters: patterns of tensors that hold none.
+      embedding, head: their names; a tied head may be stored too.
+    """
+
+    title: str
+    architecture: str
+    model_type: str
+    read: Callable[[Keys], dict[str, Any]]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    rules: Callable[[DecoderConfig, Collection[str]], Sequence[Rule]]
+    prefix: str = "model."
+    no_parameters: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+
+    def config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
+        """The model that a config.json describes. Raises ConfigError: a key or value that cannot be said here."""
+        keys = Keys(values, where)
+        found = self.read(keys)
+        keys.finish()
+        try:
+            cfg = from_dict({"model": found}).model
+            check_model(cfg)
+        except ConfigError as error:
+            raise ConfigError(f"{where} describes a model that cannot be built: {error}") from None
+        return cfg
+
+    def hf_config(self, cfg: DecoderConfig) -> dict[str, Any]:
+        """The config.json of a model. Raises UserError where this family cannot say it: it is read back to see."""
+        written = {"architectures": [self.architecture], "model_type": self.model_type} | self.write(cfg)
+        try:
+            back = self.config(written, "config.json")
+        except ConfigError as error:
+            raise UserError(f"{self.architecture} cannot say this model: {error}") from None
+        ours, theirs = function_of(cfg), function_of(back)
+        for field in dataclasses.fields(ours):
+            mine, said = getattr(ours, field.name), getattr(theirs, field.name)
+            if mine != said:
+                raise UserError(
+                    f"{self.architecture} cannot say this model: model.{field.name} is {mine!r}, and read back from "
+                    f"its config.json it would be {said!r}"
+                )
+        return written
+
+    def is_no_parameter(self, name: str) -> bool:
+        return matches(name, self.no_parameters)
+
+
+def function_of(cfg: DecoderConfig) -> DecoderConfig:
+    """The config with everything at its default that does not change what the trained model computes."""
+    rope, moe = cfg.rope, cfg.moe
+    vocab = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+    if cfg.positions != "rotary":
+        rope = RopeConfig()
+    if rope.scaling == "none":
+        rope = RopeConfig(base=rope.base, fraction=rope.fraction)
+    default = MoEConfig()
+    if moe.num_experts:
+        training = {n: getattr(default, n) for n in ("capacity_factor", "balance_loss", "router_z_loss")}
+        moe = dataclasses.replace(moe, **training)
+    else:
+        moe = default
+    plain = DecoderConfig()
+    training = ("init", "init_std", "residual_init_scale", "scan_layers", "remat", "remat_save", "attention_kernel")
+    return dataclasses.replace(
+        cfg,
+        vocab_size=vocab if cfg.padded_vocab_in_softmax else cfg.vocab_size,
+        vocab_multiple=1,
+        padded_vocab_in_softmax=False,
+        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
+        head_dim=cfg.head_dim or cfg.embed_dim // cfg.num_heads,
+        mlp_dim=cfg.mlp_dim or 4 * cfg.embed_dim,
+        rope=rope,
+        moe=moe,
+        dropout=DropoutConfig(),
+        **{name: getattr(plain, name) for name in training},
+    )

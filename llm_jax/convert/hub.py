@@ -1,0 +1,39 @@
+"""From a name on the hub, or a path, to a folder. `huggingface_hub` does the fetching, its cache and offline mode too."""
+
+import re
+from pathlib import Path
+
+from llm_jax.convert.safetensors import INDEX
+from llm_jax.convert.source import BESIDE
+from llm_jax.errors import UserError
+
+
+def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+      name: a path, or "owner/name" on the hub where there is no such path.
+      revision: a branch, tag or commit on the hub; None: its main branch.
+      weights: False fetches the small files alone.
+
+    Raises:
+      UserError: there is neither, it cannot be reached, or it needs a token.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        if revision:
+            raise UserError(f"--revision={revision} is for names on the hub, and {name} is a path")
+        return path.absolute()
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"hf:{name} is no path here, and fetching it needs huggingface_hub: pip install it") from None
+    patterns = [*BESIDE, INDEX, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # its own kinds, and those of the HTTP library under it
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"hf:{name}: there is no such path here, and the hub did not give it ({type(error).__name__}: {reason}). "
+            "Check the name, the network, HF_TOKEN for gated models, and HF_HUB_OFFLINE"
+        ) from None

@@ -1,0 +1,113 @@
+"""A checkpoint of the hub as files: where they are, what config.json says, and the tensors under the table's names."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax.config import DecoderConfig
+from llm_jax.convert import families, safetensors
+from llm_jax.convert.family import Family
+from llm_jax.convert.rules import Move
+from llm_jax.convert.safetensors import Tensor
+from llm_jax.errors import DataError, UserError
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+# The files beside the weights: a folder that we write gives them back.
+BESIDE = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder with config.json and safetensors."""
+
+    folder: Path
+    values: dict[str, Any]  # config.json
+    family: Family
+    cfg: DecoderConfig
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors under the names that the family's table uses.
+
+        Raises DataError: a file is missing, cut off or damaged.
+        """
+        found = safetensors.read_folder(self.folder)
+        prefix = self.family.prefix
+        if not any(name.startswith(prefix) for name in found):  # saved without the head's class
+            found = {name if name == self.family.head else prefix + name: tensor for name, tensor in found.items()}
+        return {name: tensor for name, tensor in found.items() if not self.family.is_no_parameter(name)}
+
+
+def open_folder(folder: Path) -> Source:
+    """Read a folder's config.json. Raises UserError where it is missing, damaged or cannot be said here."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"--from=hf:{folder}: there is no such folder")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint of the hub: config.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    family = families.of_config(values, str(path))
+    return Source(folder, values, family, family.config(values, str(path)))
+
+
+def check_names(source: Source, tensors: dict[str, Tensor], moves: Sequence[Move]) -> None:
+    """Refuse missing and left-over tensors, another shape, and numbers that are no floats. Drops a tied head that is
+    stored beside its embedding, once it is seen to be the same.
+
+    Raises DataError, with tensor and file.
+    """
+    _drop_tied_head(source, tensors)
+    shapes = {name: shape for move in moves for name, shape in zip(move.theirs, move.their_shapes, strict=True)}
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise DataError(f"{source.folder}: {listed(missing)} missing, and {source.family.architecture} needs it")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise DataError(
+                f"{tensor.file}: the tensor {tensor.name} is left over: no rule of {source.family.architecture} takes it"
+            )
+        if tensor.shape != shapes[name]:
+            told = f"{list(tensor.shape)} and config.json makes it {list(shapes[name])}"
+            raise DataError(f"{tensor.file}: the tensor {tensor.name} has the shape {told}")
+        if tensor.dtype.name not in FLOATS:
+            raise DataError(
+                f"{tensor.file}: the tensor {tensor.name} is {tensor.dtype.name}; weights are read as "
+                f"{', '.join(FLOATS)}: a quantised checkpoint must be dequantised first"
+            )
+
+
+def _drop_tied_head(source: Source, tensors: dict[str, Tensor]) -> None:
+    head, embedding = tensors.get(source.family.head), tensors.get(source.family.embedding)
+    if not source.cfg.tie_embeddings or head is None or embedding is None:
+        return
+    if head.shape != embedding.shape or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
+        raise DataError(
+            f"{head.file}: {head.name} differs from {embedding.name}, and config.json says that they are one "
+            "(tie_word_embeddings); set it to false there if the checkpoint has a head of its own"
+        )
+    del tensors[source.family.head]
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more are" if len(names) > 4 else " is" if len(names) == 1 else " are"
+    return ", ".join(names[:4]) + more
+
+
+def widest(tensors: dict[str, Tensor]) -> np.dtype:
+    """The narrowest dtype of ours that holds every tensor exactly (there is no float16 here)."""
+    found = {tensor.dtype.name for tensor in tensors.values()}
+    if "float64" in found:
+        return np.dtype(np.float64)
+    return np.dtype(safetensors.DTYPES["BF16"]) if found == {"bfloat16"} else np.dtype(np.float32)
