@@ -83,11 +83,10 @@ class Cell:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices of each kind: eight, or 2 x 4 and 4 x 2 by turns; a pipeline of two rounds alone has four."""
-        if len(self.mesh) == 2:
-            turned = self._odd("packed", "accumulation", "chunked")
-            return dict(zip(self.mesh, (4, 2) if turned else (2, 4), strict=True))
-        return {self.mesh[0]: DEVICES // self.stage_repeats}
+        """Devices of each kind: eight, 2 x 4 and 4 x 2 by turns, 2 x 2 x 2; a pipeline of two rounds alone has four."""
+        turned = self._odd("packed", "accumulation", "chunked")
+        shapes = (DEVICES // self.stage_repeats,), (4, 2) if turned else (2, 4), (2, 2, 2)
+        return dict(zip(self.mesh, shapes[len(self.mesh) - 1], strict=True))
 
     @property
     def num_devices(self) -> int:
@@ -96,12 +95,16 @@ class Cell:
     @property
     def stage_repeats(self) -> int:
         """GPipe and the circular form by turns."""
-        return 1 + ("stage" in self.mesh and self._odd("accumulation", "chunked") != (MESHES.index(self.mesh) % 2 == 1))
+        return 1 + ("stage" in self.mesh and self._odd("accumulation", "chunked") != (self._number % 2 == 1))
 
     @property
     def capacity(self) -> bool:
         """Dropless experts, and experts with room for an even load, by turns."""
-        return self.moe and self._odd("packed", "accumulation") != (MESHES.index(self.mesh) // 2 % 2 == 1)
+        return self.moe and self._odd("packed", "accumulation") != (self._number // 2 % 2 == 1)
+
+    @property
+    def _number(self) -> int:
+        return MESHES.index(self.mesh) if self.mesh in MESHES else 0
 
     def _odd(self, *factors: str) -> bool:
         """Is it an odd number of these factors that have their first level?"""

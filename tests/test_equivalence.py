@@ -109,12 +109,44 @@ ATTENTION_DROPOUT = (*DROPOUT, "model.dropout.attention=0.2")
 SPLIT_RESIDUAL = "mesh.activation_rules=residual_length=sequence+tensor"
 ZERO_1 = ("mesh.parameter_rules=embed=", "mesh.optimizer_rules=embed=fsdp")
 ZERO_2 = (*ZERO_1, "mesh.gradient_rules=embed=fsdp")
+MODELS = {
+    "gpt2": ("positions=learned", "norm=layernorm", "bias=all", "activation=gelu", "tie_embeddings=False",
+             "remat=full"),
+    "t5": ("positions=relative", "relative_buckets=8", "relative_max_distance=16", "qk_norm=True", "remat=dots"),
+    "windows": ("sliding_window=5", "attention_sinks=True", "attention_softcap=3.0", "logits_softcap=5.0",
+                "remat=names", "remat_save=query,mlp_up"),
+    "2017": ("norm_placement=post", "positions=sinusoidal", "embedding_scale=True", "bias=qkv", "remat=dots_no_batch"),
+}  # fmt: skip
 
 
-def changed(*mesh, changes, **levels):
+def changed(*mesh, changes=(), **levels):
     return Cell(mesh, changes=tuple(changes), **levels)
 
 
+def of_model(name, *mesh, **levels):
+    return changed(*mesh, changes=[f"model.{key}" for key in MODELS[name]], **levels)
+
+
+THREE_AXES = [
+    changed("data", "fsdp", "tensor", accumulation=4),
+    changed("data", "fsdp", "expert", moe=True),
+    changed("fsdp", "tensor", "ring", packed=False, chunked=True, scan=False),
+    changed("fsdp", "tensor", "all_to_all", moe=True),
+    changed("fsdp", "tensor", "expert", moe=True, accumulation=4, chunked=True, packed=False),
+    changed("data", "tensor", "stage", accumulation=4),
+    changed("fsdp", "ring", "stage", chunked=True),
+    changed("tensor", "expert", "stage", moe=True),
+]
+OTHER_MODELS = [
+    of_model("gpt2", "tensor", "stage", chunked=True),
+    of_model("gpt2", "ring", "expert", moe=True, scan=False),
+    of_model("t5", "expert", "stage", moe=True),
+    of_model("t5", "fsdp", "tensor", scan=False, chunked=True),
+    of_model("windows", "tensor", "ring", accumulation=4),
+    of_model("windows", "all_to_all", "stage"),
+    of_model("2017", "fsdp", "stage", accumulation=4),
+    of_model("2017", "all_to_all", "expert", moe=True, accumulation=4),
+]
 OTHERS = [
     *(changed(kind, changes=DROPOUT, accumulation=4, moe=kind == "expert") for kind in AXES if kind != "tensor"),
     changed("ring", "stage", changes=DROPOUT, moe=True),
@@ -130,9 +162,9 @@ OTHERS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", OTHERS, ids=str)
-def test_dropout_rule_tables_and_a_split_residual_stream(cell):
-    """Every row and token has its own mask of dropout, wherever it is computed."""
+@pytest.mark.parametrize("cell", THREE_AXES + OTHER_MODELS + OTHERS, ids=str)
+def test_what_the_matrix_leaves_out(cell):
+    """Three axes, other models, rule tables, a split residual stream; dropout, whose mask goes by row and token."""
     found = measure(cell)
     assert found.equal, found
 
