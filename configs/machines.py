@@ -13,14 +13,17 @@ does not fit them.
 GIB, GB = 2**30, 10**9
 
 # Of a chip: dense bfloat16 FLOP/s; bytes of memory; bytes/s that it sends while it receives as many, `fast` over all
-# its links inside a slice or node, `slow` between slices or nodes. Sources: the pages "TPU v4", "TPU v5e", "TPU v5p",
-# "TPU v6e" and "TPU7x" of Google Cloud's documentation (half of the bidirectional figure; v4's links from Jouppi et al.
-# 2023, arXiv 2304.01433: 6 of 50 GB/s; no figure is given between v4 slices), and NVIDIA's data sheets of the cards and
-# of the DGX systems (NVLink: half of the bidirectional figure; between nodes one card of 200 or 400 Gbit/s a GPU).
+# its links inside a slice or node, `slow` between slices or nodes. Sources:
+# - TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of Google Cloud's documentation. `fast` is half
+#   of the bidirectional figure, `slow` the data center network of a chip, or of a pod over its 256 chips. v4: 6 links of
+#   50 GB/s (Jouppi et al. 2023, arXiv 2304.01433), which agrees with the page's bisection; nothing between slices there.
+# - GPUs: NVIDIA's data sheets of A100 80GB, H100 SXM, H200 SXM and HGX B200 (half of the sparse FLOP/s, half of NVLink's
+#   bidirectional figure). `slow` is one network card a GPU, of 200 Gbit/s beside A100 and 400 beside the others, as in
+#   the DGX systems and in the systems described in MLPerf's results: your cluster's may differ.
 COLUMNS = ("kind", "flops", "hbm", "fast", "slow", "cores", "devices", "node")
 MACHINES = {
     # kind as JAX says it, TensorCores a chip (0: a GPU), devices that JAX sees of a chip, GPUs of a node
-    "v4": ("TPU v4", 275e12, 32 * GIB, 300 * GB, 0, 2, 2, 0),  # or one device a chip, by its mode
+    "v4": ("TPU v4", 275e12, 32 * GIB, 300 * GB, 0, 2, 1, 0),  # both cores are one device (Megacore), its usual mode
     "v5e": ("TPU v5 lite", 197e12, 16 * GB, 200 * GB, 3.125 * GB, 1, 1, 0),
     "v5p": ("TPU v5", 459e12, 95 * GIB, 600 * GB, 6.25 * GB, 2, 1, 0),
     "v6e": ("TPU v6 lite", 918e12, 32 * GIB, 400 * GB, 12.5 * GB, 1, 1, 0),
@@ -98,10 +101,11 @@ def fsdp_tokens(facts: dict, size: dict, *, expert: int = 1, tensor: int = 1, sl
 
 
 def data_tokens(facts: dict) -> float:
-    """Tokens a device must work on in a step so that summing gradients between slices or nodes is hidden.
+    """Tokens a device must work on at a time so that summing gradients between slices or nodes is hidden.
 
     Of P weights each device of a domain of n holds P / n, and sends 2 P / n bytes twice (bfloat16; reduce-scatter and
-    all-gather) beside 6 P FLOPs a token: tokens > 2/3 flops / (n x bandwidth).
+    all-gather) beside 6 P FLOPs a token: tokens > 2/3 flops / (n x bandwidth). The sum is made once a micro-batch, and
+    in a pipeline once a turn, so these are the tokens of a micro-batch, or of a turn.
     """
     return 2 / 3 * facts["flops"] / (facts["slow"] * facts["domain"])
 
@@ -132,33 +136,64 @@ def expert_width(facts: dict, *, slow: bool = False) -> float:
     return 2 / 3 * facts["flops"] / facts["slow" if slow else "fast"]
 
 
-def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
-    """The share of a pipeline's time in which a stage waits: (S - 1) / (M R + S - 1) (GPipe, arXiv 1811.06965)."""
-    return (stages - 1) / (microbatches * repeats + stages - 1)
+def bubble(stages: int, repeats: int, microbatches: int) -> float:
+    """The share of a pipeline's time in which a stage waits: (S - 1) / (R M + S - 1) (GPipe, arXiv 1811.06965)."""
+    return (stages - 1) / (repeats * microbatches + stages - 1)
 
 
 # ------------------------------------------------------------------------------------------------- the choice
 
 STATE_BYTES = 16  # a parameter: float32 weight and gradient, Adam's two float32 moments
-USABLE = 0.9  # of the memory; the rest is the runtime's, fragments, and the logits of one chunk
+SUM_BYTES = 4  # a parameter with accumulation: the sum of the micro-batches' gradients, beside the gradient of one
+USABLE = 0.9  # of the memory; the rest is the runtime's, and fragments
 
 
-def row_bytes(size: dict, tensor: int) -> float:
+def exchanged(size: dict, expert: int) -> int:
+    """Rows that a device's expert products have room for, for each of its tokens.
+
+    On one device as many as a token has choices. With an expert axis each device keeps for each other one a block with
+    room for every choice that could fall on it, so that nothing is ever dropped: expert * min(k, E / expert).
+    """
+    return size["top_k"] if expert == 1 else expert * min(size["top_k"], size["experts"] // expert)
+
+
+def row_bytes(size: dict, tensor: int, expert: int = 1) -> float:
     """Memory that a row takes under remat=full: every block's input, and one block's inside, forward and backward.
 
-    The residual stream is split over the tensor axis too (mesh.activation_rules), so all of it is divided.
+    A block's inside is 4 widths and 3 MLPs a token; of experts, 2 widths (in and out) and 3 MLPs for each row of their
+    products. The logits of a chunk, which exist at another time, take less. The residual stream is split over the
+    tensor axis too (mesh.activation_rules), so all of it is divided.
     """
-    inside = 2 * (4 * size["width"] + 3 * size["mlp"] * max(size["top_k"], 1))
+    products = exchanged(size, expert) * (2 * size["width"] + 3 * size["mlp"]) if size["experts"] else 3 * size["mlp"]
+    inside = 2 * (4 * size["width"] + products)
     return 2 * size["length"] * (size["layers"] * size["width"] + inside) / tensor
+
+
+def working_bytes(size: dict, tensor: int, expert: int = 1) -> float:
+    """Memory for whole weights: those of a layer, gathered, and their gradient before it is scattered, in bfloat16.
+
+    Or, if they are more, those of the head and their gradient, which is summed in float32.
+    """
+    head = size["width"] * size["vocab"]
+    mlp = 3 * size["width"] * size["mlp"] * max(size["experts"], 1) / expert
+    attention = 2 * size["width"] ** 2 * (1 + size["kv_heads"] / size["heads"])
+    return max(4 * (attention + mlp), 6 * head) / tensor
+
+
+def used_bytes(size: dict, *, shards: int, tensor: int, expert: int, rows: int, accumulation: int) -> float:
+    """Memory of a device that has `rows` at a time and holds its part, of `shards`, of the state."""
+    state = (STATE_BYTES + SUM_BYTES * (accumulation > 1)) * parameters(size) / shards
+    return state + working_bytes(size, tensor, expert) + rows * row_bytes(size, tensor, expert)
 
 
 def fit(name: str, size: dict, rows: int) -> dict:
     """Mesh sizes and accumulation for a model on a machine.
 
     Parameters are sharded (fsdp) inside a slice or node and copied between them (data) where their state takes at
-    most half of the memory, else sharded over all devices. Experts get the expert axis, inside the slice or node.
-    Tensor parallelism comes only where a row is too large for a device, or there are more devices than rows. The batch
-    is cut into the fewest micro-batches that fit.
+    most half of the memory, else sharded over all devices. The batch is cut into the fewest micro-batches that fit.
+    Tensor parallelism comes only where a row is too large for a device, or there are more devices than rows. Experts
+    are gathered like other weights where a micro-batch hides that; where it does not, they get the smallest expert
+    axis that helps, inside the slice or node, for its exchange takes room (see `exchanged`).
 
     Args:
       name: of the machine; "" for any: all devices shard the parameters.
@@ -176,24 +211,43 @@ def fit(name: str, size: dict, rows: int) -> dict:
     facts = machine(name)
     state = STATE_BYTES * parameters(size)
     shards = facts["domain"] if state / facts["domain"] <= facts["hbm"] / 2 else facts["devices"]
-    room = USABLE * facts["hbm"] - state / shards
-    expert = common_power(size["experts"], facts["domain"]) if size["experts"] else 1
-    tensor = 1
-    while tensor <= common_power(size["kv_heads"], facts["domain"] // expert):
-        batch_shards = facts["devices"] // tensor
-        rows_a_device = rows // batch_shards
-        divisors = [n for n in range(1, rows_a_device + 1) if not rows_a_device % n]
-        fitting = [n for n in divisors if n * row_bytes(size, tensor) <= room]
-        if fitting and not rows % batch_shards:
-            mesh = mesh_keys(facts, shards, expert, tensor)
-            return {"mesh": mesh, "train": dict(accumulation=rows_a_device // fitting[-1])}
-        tensor *= 2
-    raise ValueError(
-        f"machine {name!r} does not hold this run: {parameters(size) / 1e9:.1f}B parameters take "
-        f"{state / shards / GIB:.0f} of each device's {facts['hbm'] / GIB:.0f} GiB, and {rows} rows of "
-        f"{size['length']} tokens do not split over its devices and fit beside them; give a larger machine, or set the "
-        "mesh by hand"
-    )
+    fitting = []
+    for expert in powers(common_power(size["experts"], facts["domain"]) if size["experts"] else 1):
+        for tensor in powers(common_power(size["kv_heads"], facts["domain"] // expert)):
+            if accumulation := fewest_pieces(facts, size, rows, shards, expert, tensor):
+                fitting.append((expert, tensor, accumulation))
+                break
+    if not fitting:
+        raise ValueError(
+            f"machine {name!r} does not hold this run: {parameters(size) / 1e9:.1f}B parameters take "
+            f"{state / shards / GIB:.0f} of each device's {facts['hbm'] / GIB:.0f} GiB, and {rows} rows of "
+            f"{size['length']} tokens do not split over its devices and fit beside them; give a larger machine, or set "
+            "the mesh by hand"
+        )
+
+    def hidden(choice: tuple[int, int, int]) -> bool:
+        expert, tensor, accumulation = choice
+        tokens = rows * size["length"] / facts["devices"] / accumulation
+        spread = shards > facts["domain"]
+        return tokens >= fsdp_tokens(facts, size, expert=expert, tensor=tensor, slow=spread)
+
+    expert, tensor, accumulation = next(filter(hidden, fitting), fitting[0])
+    return {"mesh": mesh_keys(facts, shards, expert, tensor), "train": dict(accumulation=accumulation)}
+
+
+def fewest_pieces(facts: dict, size: dict, rows: int, shards: int, expert: int, tensor: int) -> int:
+    """The fewest micro-batches that fit, or 0."""
+    batch_shards = facts["devices"] // tensor
+    if rows % batch_shards:
+        return 0
+    own = rows // batch_shards
+    for pieces in (n for n in range(1, own + 1) if not own % n):
+        used = used_bytes(
+            size, shards=shards, tensor=tensor, expert=expert, rows=own // pieces, accumulation=pieces
+        )
+        if used <= USABLE * facts["hbm"]:
+            return pieces
+    return 0
 
 
 def mesh_keys(facts: dict, shards: int, expert: int, tensor: int) -> dict:
@@ -209,3 +263,8 @@ def mesh_keys(facts: dict, shards: int, expert: int, tensor: int) -> dict:
 def common_power(a: int, b: int) -> int:
     """The largest power of two that divides both."""
     return min(a & -a, b & -b)
+
+
+def powers(largest: int) -> list[int]:
+    """1, 2, 4, ... up to `largest`, a power of two."""
+    return [2**n for n in range(largest.bit_length())]

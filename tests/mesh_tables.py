@@ -37,7 +37,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def choice(name: str, kind: str) -> str:
-    """The mesh in words: "data 8 (across) x fsdp 8, 2 micro-batches"; "-" where the model does not fit."""
+    """The mesh in words: "data 8 (across) x fsdp 8, 2 micro-batches"; "-" where the model does not fit.
+
+    A star: a device has too few tokens at a time to hide the gathering of weights.
+    """
     try:
         found = fit(name, *CLASSES[kind])
     except ValueError:
@@ -50,7 +53,22 @@ def choice(name: str, kind: str) -> str:
         if mesh[axis] > 1:
             over = f" ({spread[axis]} across)" if 1 < spread.get(axis, 1) < mesh[axis] else ""
             words.append(f"{axis} {mesh[axis]}" + (" (across)" if spread.get(axis) == mesh[axis] else over))
-    return " x ".join(words) + (f", {pieces} micro-batches" if pieces > 1 else "")
+    star = "" if hidden(name, kind) else " *"
+    return " x ".join(words) + (f", {pieces} micro-batches" if pieces > 1 else "") + star
+
+
+def hidden(name: str, kind: str) -> bool:
+    """Does the preset's micro-batch hide the gathering of weights?"""
+    one, (size, rows) = machine(name), CLASSES[kind]
+    found = fit(name, size, rows)
+    tokens = rows * size["length"] / one["devices"] / found["train"]["accumulation"]
+    return tokens >= gathering(one, size, found["mesh"])
+
+
+def gathering(one: dict, size: dict, mesh: dict) -> float:
+    """The tokens of a device that hide the gathering of weights on this mesh."""
+    spread = mesh["fsdp"] * mesh["expert"] * mesh["tensor"] > one["domain"]
+    return machines.fsdp_tokens(one, size, expert=mesh["expert"], tensor=mesh["tensor"], slow=spread)
 
 
 def presets() -> str:
@@ -83,24 +101,45 @@ def worked_column(name: str, kind: str) -> dict[str, str]:
     one, (size, rows) = machine(name), CLASSES[kind]
     found = fit(name, size, rows)
     mesh, pieces = found["mesh"], found["train"]["accumulation"]
-    state = machines.STATE_BYTES * machines.parameters(size)
-    shards = mesh["fsdp"] * mesh["expert"] * mesh["tensor"]
+    a_parameter = machines.STATE_BYTES + machines.SUM_BYTES * (pieces > 1)
+    state = a_parameter * machines.parameters(size)
+    expert, tensor = mesh["expert"], mesh["tensor"]
+    shards = mesh["fsdp"] * expert * tensor
     tokens = rows * size["length"] / one["devices"]  # of a device and step, tensor parallel devices sharing theirs
+    micro_rows = rows * tensor // one["devices"] // pieces
     spread = shards > one["domain"]
-    need = machines.fsdp_tokens(one, size, expert=mesh["expert"], tensor=mesh["tensor"], slow=spread)
     summed = machines.data_tokens(one) if mesh["data"] > 1 else 0
+    used = machines.used_bytes(size, shards=shards, tensor=tensor, expert=expert, rows=micro_rows, accumulation=pieces)
     return {
         "mesh": choice(name, kind),
-        "state of all parameters, GiB": f"{state / GIB:,.0f}",
-        "a device holds of it, of its memory": f"{state / shards / GIB:.1f} of {one['hbm'] / GIB:.0f}",
-        "a row's activations (remat=full), GiB": f"{machines.row_bytes(size, mesh['tensor']) / GIB:.1f}",
+        "state of all parameters, GiB": f"{state / GIB:,.0f} ({a_parameter} bytes each)",
+        "a device holds of it, GiB": f"{state / shards / GIB:.1f}",
+        "a layer's or the head's weights and gradient, GiB": f"{machines.working_bytes(size, tensor, expert) / GIB:.1f}",
+        "a row's activations (remat=full), GiB": f"{machines.row_bytes(size, tensor, expert) / GIB:.1f}",
+        "rows at a time": f"{micro_rows}",
+        "all of it, of the memory": f"{used / GIB:.0f} of {one['hbm'] / GIB:.0f}",
         "tokens a device and micro-batch": f"{tokens / pieces:,.0f}",
-        "needed to hide the weights' gathering": f"{need:,.0f}" + (" (across)" if spread else ""),
-        "tokens a device and step": f"{tokens:,.0f}",
+        "needed to hide the weights' gathering": f"{gathering(one, size, mesh):,.0f}" + (" (across)" if spread else ""),
         "needed to hide the sum between nodes": f"{summed:,.0f}" if summed else "-",
         "largest tensor axis that pays": f"{machines.tensor_limit(one, size):.1f}",
         "tokens a device for ring attention": f"{machines.ring_tokens(one, size):,.0f}",
     }
+
+
+def exchange() -> str:
+    """What an expert axis costs and saves: 8x7B on a node of H100s, or several."""
+    one, (size, _) = machine("h100x64"), CLASSES["8x7B"]
+    head = [
+        "mesh.expert", "rows of the products a token", "a row's activations, GiB", "a layer's weights and gradient, GiB",
+        "tokens that hide the gathering inside a node", "between nodes",
+    ]  # fmt: skip
+    rows = []
+    for expert in machines.powers(size["experts"]):
+        row, weights = machines.row_bytes(size, 1, expert) / GIB, machines.working_bytes(size, 1, expert) / GIB
+        inside, across = (machines.fsdp_tokens(one, size, expert=expert, slow=slow) for slow in (False, True))
+        numbers = [str(expert), str(machines.exchanged(size, expert)), f"{row:.1f}", f"{weights:.1f}"]
+        rows.append([*numbers, f"{inside:,.0f}", f"{across:,.0f}"])
+    return markdown(head, rows)
 
 
 def experts() -> str:
@@ -115,12 +154,12 @@ def experts() -> str:
 
 def bubbles() -> str:
     cases = ((4, 4, 1), (4, 16, 1), (4, 16, 2), (8, 8, 1), (8, 32, 1), (8, 32, 4))
-    rows = [[str(s), str(m), str(r), f"{100 * machines.bubble(s, m, r):.1f} %"] for s, m, r in cases]
+    rows = [[str(s), str(m), str(r), f"{100 * machines.bubble(s, r, m):.1f} %"] for s, m, r in cases]
     return markdown(["mesh.stage", "mesh.stage_microbatches", "mesh.stage_repeats", "idle"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "presets": presets, "facts": facts, "worked": worked, "experts": experts, "bubbles": bubbles,
+    "presets": presets, "facts": facts, "worked": worked, "experts": experts, "exchange": exchange, "bubbles": bubbles,
 }  # fmt: skip
 
 
