@@ -14,12 +14,13 @@ GIB, GB = 2**30, 10**9
 
 # Of a chip: dense bfloat16 FLOP/s; bytes of memory; bytes/s that it sends while it receives as many, `fast` over all
 # its links inside a slice or node, `slow` between slices or nodes. Sources:
-# - TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of Google Cloud's documentation. `fast` is half
-#   of the bidirectional figure, `slow` the data center network of a chip, or of a pod over its 256 chips. v4: 6 links of
-#   50 GB/s (Jouppi et al. 2023, arXiv 2304.01433), which agrees with the page's bisection; nothing between slices there.
-# - GPUs: NVIDIA's data sheets of A100 80GB, H100 SXM, H200 SXM and HGX B200 (half of the sparse FLOP/s, half of NVLink's
-#   bidirectional figure). `slow` is one network card a GPU, of 200 Gbit/s beside A100 and 400 beside the others, as in
-#   the DGX systems and in the systems described in MLPerf's results: your cluster's may differ.
+# - TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of Google Cloud's documentation. `fast` is
+#   half of the bidirectional figure, `slow` the data center network of a chip, or of a pod over its 256 chips. v4: 6
+#   links of 50 GB/s (Jouppi et al. 2023, arXiv 2304.01433; not confirmed, but it agrees with the page's bisection), and
+#   nothing is said there of the network between slices.
+# - GPUs: NVIDIA's data sheets of A100 80GB, H100 SXM, H200 SXM and HGX B200 (half of the sparse FLOP/s, half of
+#   NVLink's bidirectional figure). `slow` is one network card a GPU, of 200 Gbit/s beside A100 and 400 beside the
+#   others, as in the DGX systems and in the systems described in MLPerf's results: your cluster's may differ.
 COLUMNS = ("kind", "flops", "hbm", "fast", "slow", "cores", "devices", "node")
 MACHINES = {
     # kind as JAX says it, TensorCores a chip (0: a GPU), devices that JAX sees of a chip, GPUs of a node
@@ -242,9 +243,7 @@ def fewest_pieces(facts: dict, size: dict, rows: int, shards: int, expert: int, 
         return 0
     own = rows // batch_shards
     for pieces in (n for n in range(1, own + 1) if not own % n):
-        used = used_bytes(
-            size, shards=shards, tensor=tensor, expert=expert, rows=own // pieces, accumulation=pieces
-        )
+        used = used_bytes(size, shards=shards, tensor=tensor, expert=expert, rows=own // pieces, accumulation=pieces)
         if used <= USABLE * facts["hbm"]:
             return pieces
     return 0

@@ -109,12 +109,14 @@ def worked_column(name: str, kind: str) -> dict[str, str]:
     micro_rows = rows * tensor // one["devices"] // pieces
     spread = shards > one["domain"]
     summed = machines.data_tokens(one) if mesh["data"] > 1 else 0
-    used = machines.used_bytes(size, shards=shards, tensor=tensor, expert=expert, rows=micro_rows, accumulation=pieces)
+    parts = dict(shards=shards, tensor=tensor, expert=expert)
+    used = machines.used_bytes(size, **parts, rows=micro_rows, accumulation=pieces)
+    weights = machines.working_bytes(size, tensor, expert)
     return {
         "mesh": choice(name, kind),
         "state of all parameters, GiB": f"{state / GIB:,.0f} ({a_parameter} bytes each)",
         "a device holds of it, GiB": f"{state / shards / GIB:.1f}",
-        "a layer's or the head's weights and gradient, GiB": f"{machines.working_bytes(size, tensor, expert) / GIB:.1f}",
+        "a layer's or the head's weights and gradient, GiB": f"{weights / GIB:.1f}",
         "a row's activations (remat=full), GiB": f"{machines.row_bytes(size, tensor, expert) / GIB:.1f}",
         "rows at a time": f"{micro_rows}",
         "all of it, of the memory": f"{used / GIB:.0f} of {one['hbm'] / GIB:.0f}",
@@ -130,8 +132,8 @@ def exchange() -> str:
     """What an expert axis costs and saves: 8x7B on a node of H100s, or several."""
     one, (size, _) = machine("h100x64"), CLASSES["8x7B"]
     head = [
-        "mesh.expert", "rows of the products a token", "a row's activations, GiB", "a layer's weights and gradient, GiB",
-        "tokens that hide the gathering inside a node", "between nodes",
+        "mesh.expert", "rows of the products a token", "a row's activations, GiB",
+        "a layer's weights and gradient, GiB", "tokens that hide the gathering inside a node", "between nodes",
     ]  # fmt: skip
     rows = []
     for expert in machines.powers(size["experts"]):

@@ -324,6 +324,16 @@ def test_the_guides_tables_are_computed():
     assert mesh_tables.filled(text) == text, "run: python tests/mesh_tables.py"
 
 
+def test_the_worked_examples_are_bound_by_compute():
+    """As the guide says below their table."""
+    for name, kind in mesh_tables.WORKED:
+        one, (size, rows) = machine(name), mesh_tables.CLASSES[kind]
+        found = fit(name, size, rows)
+        tokens = rows * size["length"] / one["devices"] / found["train"]["accumulation"]
+        assert mesh_tables.hidden(name, kind)
+        assert found["mesh"]["data"] == 1 or tokens >= machines.data_tokens(one)
+
+
 def test_the_guides_commands_are_configs():
     """Every command and the flags it stands beside can be read; the ones written out are the presets."""
     text = mesh_tables.GUIDE.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ Data       token files with Mistral's vocabulary (32,000), held-out ones as data
 Hardware   h100x256, v5p-512 or any other of configs/machines.py; it sets the mesh (launch/meshes.md)
 Hours      none were published: tokens x FLOPs a token (--dry_run) / (devices x peak x MFU)
 Expected   MMLU 77.8 (5-shot) of the released weights, on data and with a recipe not published; the recipe here is ours
-Source     config.json of Mixtral-8x22B-v0.1 (vocabulary 32,000; later ones have 32,768); MMLU: Open LLM Leaderboard (77.81)
+Source     config.json of Mixtral-8x22B-v0.1 (vocabulary 32,000; later ones have 32,768); MMLU: Open LLM Leaderboard
 """
 
 from ml_collections import ConfigDict
