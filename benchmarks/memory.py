@@ -33,14 +33,14 @@ C chunk:
 what must live at once if XLA fuses nothing more; it often does, so the measured figure may be a quarter lower. The last
 column says by how much.
 
-Then the gradient of attention alone on rows whose tokens lie on 8 devices (N heads of H, t = T / 8 tokens a device), for
-each device:
+Then the gradient of attention alone on rows whose tokens lie on 8 devices (N heads of H, t = T / 8 tokens a device),
+for each device:
 
     reference    3 N t T             the scores of its queries with all keys, their exponentials, a gradient
     all_to_all   3 (N / 8) T T       the same of whole rows, for its share of the heads
     ring         12 N H t + 3 N tile^2
-                                     queries, keys, values, the result, their gradients and what travels; a tile's scores:
-                                     linear in the length, once t is above two tiles
+                                     queries, keys, values, the result, their gradients and what travels; a tile's
+                                     scores: linear in the length, once t is above two tiles
 """
 
 import argparse

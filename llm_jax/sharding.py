@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import MeshConfig
-from llm_jax.config.checks import BATCH_AXES, MESH_AXES, mesh_sizes, slice_sizes, stage_microbatches
+from llm_jax.config.mesh import BATCH_AXES, MESH_AXES, mesh_sizes, slice_sizes, stage_microbatches
 from llm_jax.errors import ConfigError, UserError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # (logical axis, mesh axes) pairs: hashable, unlike a dict
@@ -60,6 +60,8 @@ def change_rules(rules: Rules, changes: tuple[str, ...], key: str) -> Rules:
     for change in changes:
         axis, equals, value = change.partition("=")
         mesh_axes = tuple(name for name in value.split("+") if name)
+        if axis == "stage":
+            raise ConfigError(f"{key}: {change!r} cannot be: mesh.stage alone says how many stages a pipeline has.")
         if not equals or axis not in table:
             near = difflib.get_close_matches(axis, table, 1)
             raise ConfigError(
@@ -87,6 +89,7 @@ class Layout:
     activation_rules: Rules = ACTIVATION_RULES
     stage_microbatches: int = 1  # of a pipeline
     stage_repeats: int = 1
+    platform: str = ""  # of the devices: cpu, gpu, tpu; "": this process's
 
     def spec(self, axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
         """The partition of an array with these logical axes (None: not split).
@@ -259,10 +262,11 @@ def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Lay
     shape, types = mesh_shape(cfg, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
     across = slice_sizes(cfg)
     if across:
-        mesh = Mesh(devices_over_slices(shape, tuple(across.get(axis, 1) for axis in MESH_AXES), devices), MESH_AXES, types)
+        grid = devices_over_slices(shape, tuple(across.get(axis, 1) for axis in MESH_AXES), devices)
+        mesh = Mesh(grid, MESH_AXES, types)
     else:
         mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
-    return dataclasses.replace(abstract_layout(cfg, len(devices)), mesh=mesh)
+    return dataclasses.replace(abstract_layout(cfg, len(devices), devices[0].platform), mesh=mesh)
 
 
 def devices_over_slices(shape: tuple[int, ...], across: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
@@ -292,23 +296,30 @@ def slices_of(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
         parts = [sum(parts[i : i + share], []) for i in range(0, len(parts), share)]
     if len(parts) != count or len({len(part) for part in parts}) > 1:
         raise ConfigError(
-            f"mesh.across_slices asks for {count} slices or nodes of the same size, and the {len(devices)} devices form "
-            f"{len(parts)} of {', '.join(str(len(part)) for part in parts)}. Make the sizes' product the number there is."
+            f"mesh.across_slices asks for {count} slices or nodes of the same size, and the {len(devices)} devices "
+            f"form {len(parts)} of {', '.join(str(len(part)) for part in parts)}. Make the sizes' product the number "
+            "there is."
         )
     return parts
 
 
-def abstract_layout(cfg: MeshConfig, num_devices: int) -> Layout:
-    """The layout for a machine that need not be there: shapes and shardings, no arrays."""
+def abstract_layout(cfg: MeshConfig, num_devices: int, platform: str = "") -> Layout:
+    """The layout for a machine that need not be there: shapes and shardings, no arrays.
+
+    Raises ConfigError where sizes do not fit, or a rule cannot be followed by the arrays that a model has.
+    """
     parameter_rules = change_rules(PARAMETER_RULES, cfg.parameter_rules, "mesh.parameter_rules")
     gradient_rules = change_rules(parameter_rules, cfg.gradient_rules, "mesh.gradient_rules")
     optimizer_rules = change_rules(parameter_rules, cfg.optimizer_rules, "mesh.optimizer_rules")
     activation_rules = change_rules(ACTIVATION_RULES, cfg.activation_rules, "mesh.activation_rules")
     mesh = AbstractMesh(mesh_shape(cfg, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     microbatches = stage_microbatches(cfg, mesh.shape["stage"])
-    return Layout(
-        mesh, parameter_rules, gradient_rules, optimizer_rules, activation_rules, microbatches, cfg.stage_repeats
-    )
+    rules = (parameter_rules, gradient_rules, optimizer_rules, activation_rules)
+    layout = Layout(mesh, *rules, microbatches, cfg.stage_repeats, platform)
+    for axes in (("heads", "head_dim"), ("kv_heads", "head_dim"), ("mlp",), ("vocab",)):
+        layout.spec(("batch", "length", *axes), activation_rules)  # refused here, and not when the step is traced
+    layout.spec(("batch", "residual_length", "embed"), activation_rules)
+    return layout
 
 
 HOST_MEMORY = "pinned_host"

@@ -380,13 +380,15 @@ def test_a_named_back_end_says_what_it_lacks(name, changes, platform, lacks):
 def test_the_layer_refuses_what_its_back_end_cannot_do():
     cfg = DecoderConfig(embed_dim=8, num_heads=2, attention_kernel="xla", attention_softcap=5.0, positions="none")
     layer, shared = Attention(cfg, Layout(), Precision()), Shared(causal_mask(2), jnp.arange(1))
+    x = jnp.zeros((1, 2, 8))
+    params = jax.eval_shape(lambda: nn.unbox(layer.init(jax.random.key(0), x, None, shared)))  # any back end's
     with pytest.raises(ConfigError, match="lacks softcap"):
-        jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros((1, 2, 8)), None, shared))
+        jax.eval_shape(lambda params: layer.apply(params, x, None, shared), params)
 
 
 def choose(mesh=None, platform="cpu", dropout=False, cache=False, **changes):
-    layout = Layout() if mesh is None else abstract_layout(mesh, 8)
-    request = dict(segments=True, length=16, dtype="bfloat16", dropout=dropout, cache=cache, platform=platform)
+    layout = Layout(platform=platform) if mesh is None else abstract_layout(mesh, 8, platform)
+    request = dict(segments=True, length=16, dtype="bfloat16", dropout=dropout, cache=cache)
     return choose_kernel(decoder(**changes), layout, **request).name
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from llm_jax.config import Config, check, check_devices, check_vocab, config_names, load
-from llm_jax.config.checks import MESH_AXES, mesh_sizes, run_steps
+from llm_jax.config.checks import run_steps
+from llm_jax.config.mesh import MESH_AXES, mesh_sizes
 from llm_jax.errors import ConfigError
 from llm_jax.training.restore import fitted
 
@@ -73,6 +74,9 @@ REFUSED = [
     (["model.remat=names"], ["model.remat = 'names'", "remat_save names nothing"]),
     (["model.remat_save=query"], ["model.remat_save", "model.remat = names"]),
     (["model.remat=names", "model.remat_save=querry"], ["model.remat_save = 'querry'", "did you mean query?"]),
+    (["model.remat=names", "model.remat_save=query,query=host"], ["model.remat_save = 'query'", "named twice"]),
+    (["model.remat=names", "model.activation=gelu", "model.remat_save=mlp_gate"], ["'mlp_gate'", "has no gate"]),
+    (["model.remat=names", "model.moe.num_experts=4", "model.remat_save=mlp_up"], ["'mlp_up'", "experts"]),
     (["model.remat=names", "model.remat_save=query=disk"], ["model.remat_save = 'query=disk'", "NAME=host"]),
     # the data
     (["data.sequence_length=2048"], ["data.sequence_length = 2048", "model.max_length = 1024"]),
@@ -179,6 +183,9 @@ def test_vocabulary_is_the_tokenizers_or_at_least_as_large():
     assert check_vocab(load("", ["model.vocab_size=300"]), 257) == 300
     assert "at least 257" in message_of(check_vocab, load("", ["model.vocab_size=256"]), 257)
     assert "vocab_multiple=4" in message_of(check_vocab, load("", ["mesh.tensor=4"]), 257)
+    rest = load("", ["mesh.tensor=-1", "mesh.data=1"])
+    assert check_vocab(rest, 257) == 257  # how many devices the rest is cannot be told
+    assert "vocab_multiple=8" in message_of(check_vocab, rest, 257, 8)
 
 
 # -------------------------------------------------------------------------------------------------- devices
@@ -233,6 +240,12 @@ def test_what_does_not_fit_the_devices_is_refused(overrides, num_devices, words)
 )
 def test_what_fits_the_devices(overrides):
     check_devices(load("", overrides), 8)
+
+
+def test_a_run_over_slices_is_restored_where_there_are_none(capsys):
+    found = fitted(load("", ["mesh.across_slices=data=2"]), fixed=False).mesh
+    assert found.across_slices == () and mesh_sizes(found, 8)["data"] == 8
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("changes", [["mesh.sequence=16"], ["mesh.tensor=16"], ["mesh.sequence=3", "mesh.data=1"]])

@@ -188,7 +188,9 @@ def test_unknown_families_and_unfit_back_ends_are_refused():
     with pytest.raises(ConfigError, match="model.family"):
         from_dict({"model": {"family": "encoder"}})
     with pytest.raises(ConfigError, match="model.attention_kernel='cudnn' .* lacks the platform cpu"):
-        build(decoder(attention_kernel="cudnn")).shapes()
+        model = build(decoder(attention_kernel="cudnn"))
+        model.shapes()  # of parameters, which are the same with every back end
+        jax.eval_shape(model.apply, model.shapes(), jnp.zeros((1, 8), jnp.int32))
 
 
 # ------------------------------------------------------------------------------------------------- vocabulary

@@ -85,7 +85,7 @@ def rates(cfg, folder):
 
 
 def model_of(cfg, layout):
-    cfg = train.with_vocabulary(cfg, 257)
+    cfg = train.with_vocabulary(cfg, 257, layout.num_devices)
     return registry.build(cfg.model, layout, Precision.make(cfg.precision))
 
 

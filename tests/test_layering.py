@@ -28,7 +28,9 @@ ROWS = (
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 # Inside training, likewise.
-TRAINING_ROWS = (("train",), ("restore",), ("evaluate", "checkpoint"), ("step",), ("state",), ("optim", "lora"))
+TRAINING_ROWS = (
+    ("train",), ("restore", "lower"), ("evaluate", "checkpoint"), ("step",), ("state",), ("optim", "lora"),
+)  # fmt: skip
 TRAINING_ROW = {name: row for row, names in enumerate(TRAINING_ROWS) for name in names}
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "torch", "ml_collections"}

@@ -83,6 +83,19 @@ def test_bad_changes_are_refused_with_their_key(change, message):
     assert "mesh.optimizer_rules" in str(error.value) and message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stage=", "mesh.stage alone"),
+        ("length=sequence+tensor", "would be split over"),
+        ("residual_length=data", "would be split over"),
+    ],
+)
+def test_rules_that_no_activation_could_follow_are_refused_at_once(change, message):
+    with pytest.raises(ConfigError, match=message):
+        abstract_layout(MeshConfig(activation_rules=(change,)), 8)
+
+
 def test_the_optimizer_follows_the_parameters_unless_told_otherwise():
     layout = mesh_layout(2, 4, parameter_rules=("embed=",))
     assert dict(layout.parameter_rules)["embed"] == dict(layout.optimizer_rules)["embed"] == ()

@@ -1,6 +1,7 @@
 """The configuration of a run: schema (all keys), resolve (files and overrides to dataclasses), checks (pairs)."""
 
-from llm_jax.config.checks import check, check_devices, check_vocab, run_steps
+from llm_jax.config.checks import check, check_vocab, run_steps
+from llm_jax.config.mesh import check_devices
 from llm_jax.config.resolve import (
     config_names,
     differences,
@@ -20,8 +21,8 @@ from llm_jax.config.schema import (
     GenerateConfig,
     LogConfig,
     MeshConfig,
-    MoEConfig,
     ModelConfig,
+    MoEConfig,
     OptimConfig,
     PrecisionConfig,
     RopeConfig,

@@ -3,27 +3,23 @@
 `schema.py` gives each key its own range; here stands what depends on two or more of them.
 """
 
-import math
 import re
 from typing import Any
 
-from llm_jax.config.pipeline import check_pipeline
+from llm_jax.config.mesh import MESH_AXES, check_mesh, check_padded_vocab, check_splits, mesh_sizes
 from llm_jax.config.resolve import to_dict
 from llm_jax.config.schema import (
     TOKEN_FORMATS,
     Config,
     DataConfig,
     DecoderConfig,
-    MeshConfig,
     MoEConfig,
     OptimConfig,
     SourceConfig,
 )
-from llm_jax.config.values import did_you_mean, refuse
+from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
-BATCH_AXES = ("data", "fsdp", "expert")
 # What `model.remat_save` may name: the tensors of a block that the backward pass can find kept.
 TENSOR_NAMES = ("layer_input", "query", "key", "value", "attention", "mlp_gate", "mlp_up")
 MAX_SEED = 2**32 - 1  # jax.random keeps 32 bits without x64; a larger seed would repeat a smaller one's numbers
@@ -45,6 +41,7 @@ ONLY_WITH = (
     ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
     ("model.remat_save", "model.remat", ("names",)),
 )
+GATED = ("swiglu", "geglu")
 NEEDS_EXPERTS = ("top_k", "renormalize", "capacity_factor", "balance_loss", "router_z_loss")
 
 
@@ -163,7 +160,7 @@ def check_experts(model: DecoderConfig) -> None:
         reason = f"a token cannot go to more than model.moe.num_experts = {moe.num_experts} experts"
         raise refuse("model.moe.top_k", moe.top_k, reason, f"give at most {moe.num_experts}")
     if moe.num_experts and moe.top_k == 1 and moe.renormalize:
-        reason = "with model.moe.top_k = 1 the chosen expert's weight would be 1, and the loss could not train the router"
+        reason = "with model.moe.top_k = 1 the weight would always be 1, and the loss could not train the router"
         raise refuse("model.moe.renormalize", True, reason, "set renormalize=False (Switch), or top_k=2")
     for name in NEEDS_EXPERTS:
         value = getattr(moe, name)
@@ -173,12 +170,20 @@ def check_experts(model: DecoderConfig) -> None:
 
 
 def check_remat(model: DecoderConfig) -> None:
+    absent = {} if model.activation in GATED else {"mlp_gate": f"model.activation = {model.activation} has no gate"}
+    if model.moe.num_experts:
+        absent = dict.fromkeys(("mlp_gate", "mlp_up"), "experts have no such tensors: their products keep their inputs")
+    names = [entry.partition("=")[0] for entry in model.remat_save]
     for entry in model.remat_save:
         name, equals, place = entry.partition("=")
         if name not in TENSOR_NAMES or equals and place != "host":
             reason = f"it does not read as NAME or NAME=host, with one of {', '.join(TENSOR_NAMES)}"
-            fix = did_you_mean(name, TENSOR_NAMES, "query keeps the queries, query=host keeps them in the host's memory")
+            fix = did_you_mean(name, TENSOR_NAMES, "query keeps the queries, query=host in the host's memory")
             raise refuse("model.remat_save", entry, reason, fix)
+        if name in absent:
+            raise refuse("model.remat_save", entry, absent[name], "leave it out")
+        if names.count(name) > 1:
+            raise refuse("model.remat_save", entry, f"{name} is named twice", "keep one of the two")
     if model.remat == "names" and not model.remat_save:
         raise refuse("model.remat", "names", "model.remat_save names nothing to keep", "set it, or remat=full")
 
@@ -218,84 +223,7 @@ def check_positions(model: DecoderConfig) -> None:
         )
 
 
-def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
-    """What each mesh axis splits has as many equal parts. `sizes` may hold -1, for what is not known yet."""
-    if sizes["tensor"] > 1:
-        check_tensor_axis(cfg.model, sizes["tensor"])
-    if cfg.model.vocab_size:
-        check_padded_vocab(cfg.model, cfg.model.vocab_size, sizes)
-    if sizes["expert"] > 1:
-        check_expert_axis(cfg.model, sizes["expert"])
-    check_stage_axis(cfg, sizes)
-    length = cfg.data.sequence_length
-    if sizes["sequence"] > 1 and length % sizes["sequence"]:
-        reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
-        raise refuse("data.sequence_length", length, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
-
-
-def check_expert_axis(model: DecoderConfig, expert: int) -> None:
-    experts = model.moe.num_experts
-    if not experts:
-        reason = "model.moe.num_experts is 0, so there is nothing for this axis to split"
-        raise refuse("mesh.expert", expert, reason, "set mesh.expert=1, and mesh.fsdp or mesh.data in its place")
-    if experts % expert:
-        reason = f"it does not split over mesh.expert = {expert} devices"
-        raise refuse("model.moe.num_experts", experts, reason, f"give {nearest_multiples(experts, expert)}")
-
-
-def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
-    """The pipeline fits the model and both batches. `sizes` may hold -1, for what is not known yet."""
-    stages, mesh = sizes["stage"], cfg.mesh
-    if stages == -1:
-        return
-    if stages > 1 and not cfg.model.scan_layers:
-        reason = f"mesh.stage = {stages} splits stacked layers"
-        raise refuse("model.scan_layers", False, reason, "set scan_layers=True, or mesh.stage=1")
-    microbatches = stage_microbatches(mesh, stages)
-    shards = [sizes[axis] for axis in BATCH_AXES]
-    rows = cfg.train.global_batch_size // cfg.train.accumulation
-    if -1 in shards:  # this rest cannot be told yet: any number of rows would do
-        shards, rows = [1], microbatches
-    check_pipeline(cfg.model.num_layers, stages, mesh.stage_repeats, microbatches, rows, math.prod(shards))
-    parts = math.prod(shards) * microbatches
-    if stages > 1 and cfg.eval.batch_size % parts:
-        reason = f"it does not split into {parts} equal parts: {microbatches} pieces of a pipeline on each part of the batch"
-        fix = f"give {nearest_multiples(cfg.eval.batch_size, parts)}, or 0 for the training batch"
-        raise refuse("eval.batch_size", cfg.eval.batch_size, reason, fix)
-
-
-def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
-    return mesh.stage_microbatches or stages
-
-
-def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
-    """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts."""
-    mlp_dim = model.mlp_dim or 4 * model.embed_dim
-    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads),
-                      ("mlp_dim", mlp_dim)):  # fmt: skip
-        if size % tensor:
-            reason = f"it does not split over mesh.tensor = {tensor} devices"
-            raise refuse(
-                f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor"
-            )
-
-
-def check_padded_vocab(model: DecoderConfig, vocab_size: int, sizes: dict[str, int]) -> None:
-    """The vocabulary is split over the mesh axes tensor and stage, sizes of which may be -1: not known yet."""
-    padded = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
-    split = {axis: sizes[axis] for axis in ("tensor", "stage") if sizes[axis] > 1}
-    parts = math.prod(split.values())
-    if padded % parts:
-        over = " x ".join(f"mesh.{axis} = {size}" for axis, size in split.items())
-        raise refuse(
-            "model.vocab_multiple",
-            model.vocab_multiple,
-            f"it pads {vocab_size} tokens to {padded}, which does not split over {over} devices",
-            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, parts)}",
-        )
-
-
-def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
+def check_vocab(cfg: Config, tokenizer_vocab_size: int, num_devices: int | None = None) -> int:
     """The model's vocabulary, once the tokenizer is known: the given size, or the tokenizer's where it is 0."""
     vocab_size = cfg.model.vocab_size or tokenizer_vocab_size
     if vocab_size < tokenizer_vocab_size:
@@ -303,7 +231,8 @@ def check_vocab(cfg: Config, tokenizer_vocab_size: int) -> int:
         raise refuse(
             "model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}"
         )
-    check_padded_vocab(cfg.model, vocab_size, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
+    known = {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}
+    check_padded_vocab(cfg.model, vocab_size, mesh_sizes(cfg.mesh, num_devices) if num_devices else known)
     return vocab_size
 
 
@@ -411,107 +340,6 @@ def check_schedule(optim: OptimConfig, steps: int) -> None:
         raise refuse("optim.cooldown_ratio", optim.cooldown_ratio, reason, "make either shorter")
 
 
-# ------------------------------------------------------------------------------------------------- mesh
-
-
-def check_mesh(mesh: MeshConfig) -> None:
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    for axis, size in sizes.items():
-        if size == 0:
-            raise refuse(
-                f"mesh.{axis}", 0, "an axis has at least one device", "give 1, or -1 for all remaining devices"
-            )
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    if len(rest) > 1:
-        reason = f"mesh.{rest[0]} is -1 too, and only one axis can take all remaining devices"
-        raise refuse(f"mesh.{rest[1]}", -1, reason, f"give mesh.{rest[0]} or mesh.{rest[1]} a size")
-    check_slices(mesh, sizes)
-
-
-def slice_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """The part of each axis that goes over slices or nodes, of `mesh.across_slices`; empty: all in one."""
-    sizes: dict[str, int] = {}
-    for entry in mesh.across_slices:
-        axis, _, size = entry.partition("=")
-        if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 2:
-            reason = f"it does not read as AXIS=SIZE, with each of {', '.join(MESH_AXES)} at most once and 2 or more slices"
-            fix = did_you_mean(axis, set(MESH_AXES) - {axis}, "data=2 splits the batch over two slices")
-            raise refuse("mesh.across_slices", entry, reason, fix)
-        sizes[axis] = int(size)
-    return sizes
-
-
-def check_slices(mesh: MeshConfig, sizes: dict[str, int]) -> None:
-    """An axis that goes over slices has as many devices in each. `sizes` may hold -1, for what is not known yet."""
-    for axis, outer in slice_sizes(mesh).items():
-        if sizes[axis] != -1 and sizes[axis] % outer:
-            reason = f"mesh.{axis} = {sizes[axis]} does not split into {outer} equal parts"
-            raise refuse("mesh.across_slices", f"{axis}={outer}", reason, f"make mesh.{axis} a multiple of {outer}")
-
-
-def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """The size of each mesh axis on `num_devices` devices, -1 filled in. Raises ConfigError where they do not fit."""
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    shown = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size != -1)
-    if rest and num_devices % fixed == 0:
-        return sizes | {rest[0]: num_devices // fixed}
-    if not rest and fixed == num_devices:
-        return sizes
-    if rest:
-        reason = f"{shown} makes {fixed}, which does not divide the {num_devices} devices there are"
-    else:
-        reason = f"{shown} makes {fixed} devices, and there are {num_devices}"
-    sized = [axis for axis in reversed(MESH_AXES) if sizes[axis] > 1] or ["data"]
-    fitting = {axis: fitting_sizes(fixed // sizes[axis], num_devices, bool(rest)) for axis in sized}
-    axis = next((axis for axis in sized if fitting[axis]), sized[0])
-    fix = f"set mesh.{axis}={' or '.join(map(str, fitting[axis]))}" if fitting[axis] else "make the sizes' product fit"
-    raise refuse(f"mesh.{axis}", sizes[axis], reason, fix)
-
-
-def fitting_sizes(others: int, num_devices: int, rest: bool) -> list[int]:
-    """Sizes of one axis that fit beside `others` devices on the other axes, with an axis that takes the rest or not."""
-    sizes = divisors(num_devices)
-    return [size for size in sizes if num_devices % (size * others) == 0 and (rest or size * others == num_devices)]
-
-
-def check_devices(cfg: Config, num_devices: int) -> None:
-    """Refuse what does not fit on `num_devices` devices (all hosts' together)."""
-    sizes = mesh_sizes(cfg.mesh, num_devices)
-    check_slices(cfg.mesh, sizes)
-    check_splits(cfg, sizes)
-    train, shards = cfg.train, math.prod(sizes[axis] for axis in BATCH_AXES)
-    parts = shards * train.accumulation
-    factors = [f"mesh.{axis} {sizes[axis]}" for axis in BATCH_AXES]
-    spelt = " * ".join([*factors, f"train.accumulation {train.accumulation}"])
-    if train.global_batch_size % parts:
-        raise refuse(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"it does not split into {parts} equal parts ({spelt})",
-            f"give {nearest_multiples(train.global_batch_size, parts)}",
-        )
-    if train.per_device_batch_size and train.per_device_batch_size * parts != train.global_batch_size:
-        reason = (
-            f"on {num_devices} devices it makes {train.per_device_batch_size * parts} sequences a step ({spelt}), but "
-        )
-        reason += f"train.global_batch_size = {train.global_batch_size}"
-        raise refuse(
-            "train.per_device_batch_size",
-            train.per_device_batch_size,
-            reason,
-            f"set it to {train.global_batch_size // parts}, or leave it 0",
-        )
-    if cfg.eval.batch_size % shards:
-        raise refuse(
-            "eval.batch_size",
-            cfg.eval.batch_size,
-            f"it does not split over {shards} devices ({' * '.join(f'mesh.{axis}' for axis in BATCH_AXES)})",
-            f"give {nearest_multiples(cfg.eval.batch_size, shards)}, or 0 for the training batch",
-        )
-
-
 # ------------------------------------------------------------------------------------------------ all keys
 
 
@@ -533,13 +361,3 @@ def look_up(nested: dict[str, Any], key: str) -> Any:
     for name in key.split("."):
         nested = nested[name]
     return nested
-
-
-def divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def nearest_multiples(size: int, step: int) -> str:
-    """The multiples of `step` around `size`, as words: "24 or 32"."""
-    below = size // step * step
-    return f"{below} or {below + step}" if below else str(step)

@@ -256,7 +256,7 @@ class CheckpointConfig:
 class EvalConfig:
     every: int = at_least(0, 500)  # steps; 0: only at the end
     batches: int = at_least(0, 0)  # of the fixed set, from its start; 0: the whole validation split
-    batch_size: int = at_least(0, 0)  # sequences; 0: train.global_batch_size
+    batch_size: int = at_least(0, 0)  # sequences; 0: as a micro-batch, global_batch_size / accumulation
     sampling: str = one_of("sequential", "random")  # random: fresh random crops, as nanoGPT's estimate
 
 

@@ -134,3 +134,13 @@ def check_range(number: float, field: dataclasses.Field, key: str) -> None:
     above = f"above {low:g}" if open_low else f"at least {low:g}"
     limits = [above] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
     raise refuse(key, number, "this is out of range", f"it must be {' and '.join(limits)}")
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_multiples(size: int, step: int) -> str:
+    """The multiples of `step` around `size`, as words: "24 or 32"."""
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)

@@ -241,3 +241,14 @@ def select(name: str, options: AttentionOptions, platform: str) -> Kernel:
         inner = select("auto", options.whole_rows(), platform)
         return dataclasses.replace(kernel, function=functools.partial(kernel.function, inner=inner.attend))
     return kernel
+
+
+def why_not(name: str, options: AttentionOptions, platform: str) -> list[str]:
+    """What the kernel called `name` lacks, in words."""
+    return next(kernel for kernel in KERNELS if kernel.name == name).lacks(options, platform)
+
+
+def home(name: str, platform: str) -> str:
+    """The platform that a config with this back end is for: `platform` where it runs there, else its own."""
+    kernel = next((kernel for kernel in KERNELS if kernel.name == name), None)
+    return platform if kernel is None or platform in kernel.platforms else kernel.platforms[0]

@@ -48,11 +48,6 @@ def zigzag_order(length: int, parts: int) -> np.ndarray:
     return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
 
 
-def zigzag_inverse(length: int, parts: int) -> np.ndarray:
-    """(length,) int64: puts rows in zig-zag order back: `x[:, order][:, inverse]` is x."""
-    return np.argsort(zigzag_order(length, parts))
-
-
 # ------------------------------------------------------------------------------------------------ all-to-all
 
 

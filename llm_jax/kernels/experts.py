@@ -207,7 +207,7 @@ def dropless(
     """
     if layout.mesh is None:
         return _dropless_local(x, weights, experts, bank, activation=activation, split=None)[0]
-    split = Split(layout)
+    split = ExpertSplit(layout)
     batch, length = (layout.activation_pieces(axis) for axis in ("batch", "length"))
     padding = ((0, -x.shape[0] % batch), (0, -x.shape[1] % length), (0, 0))  # none but in small batches of generation
     padded = (
@@ -228,7 +228,7 @@ def dropless(
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class ExpertSplit:
     """Over which mesh axes the arrays of a dropless layer are split."""
 
     layout: Layout
@@ -273,7 +273,7 @@ def _dropless_local(
     bank: Bank,
     *,
     activation: Activation,
-    split: Split | None,
+    split: ExpertSplit | None,
 ) -> jax.Array:
     """(1, b, t, d): what a device's experts, with their share of the width, make of its tokens (b, t, d)."""
     shape, k = x.shape, weights.shape[-1]

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
 from llm_jax.config import DecoderConfig
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
@@ -35,7 +34,6 @@ def choose_kernel(
     length: int,
     dtype: str,
     dropout: bool,
-    platform: str,
     cache: bool = False,
 ) -> Kernel:
     """The attention back end of a model: of `cfg.attention_kernel`, or the fastest that can do what is asked.
@@ -47,13 +45,21 @@ def choose_kernel(
       length: tokens of a row; 0: not known.
       dtype: of queries, keys and values: `precision.compute`.
       dropout: of probabilities: in training, where cfg.dropout.attention is not 0.
-      platform: cpu, gpu or tpu.
       cache: decoding, for which the fastest is taken whatever `cfg.attention_kernel` says.
 
     Raises:
       ConfigError: the back end of that name cannot do it, with all that it lacks.
     """
-    options = AttentionOptions(
+    given = dict(segments=segments, length=length, dtype=dtype, dropout=dropout, cache=cache)
+    request = attention_request(cfg, layout, **given)
+    return select("auto" if cache else cfg.attention_kernel, request, platform(layout))
+
+
+def attention_request(
+    cfg: DecoderConfig, layout: Layout, *, segments: bool, length: int, dtype: str, dropout: bool, cache: bool = False
+) -> AttentionOptions:
+    """What a model asks of its attention; arguments as `choose_kernel`."""
+    return AttentionOptions(
         segments=segments,
         window=bool(cfg.sliding_window),
         bias=cfg.positions == "relative",
@@ -70,14 +76,11 @@ def choose_kernel(
         head_parts=layout.activation_pieces("heads"),
         kv_head_parts=layout.activation_pieces("kv_heads"),
     )
-    return select("auto" if cache else cfg.attention_kernel, options, platform)
 
 
 def platform(layout: Layout) -> str:
-    """cpu, gpu or tpu: of the mesh's devices, which need not be this machine's, or where there is none, JAX's own."""
-    if isinstance(layout.mesh, Mesh):
-        return layout.mesh.devices.flat[0].platform
-    return jax.default_backend()
+    """cpu, gpu or tpu: of the layout's devices, which need not be this machine's; else JAX's own."""
+    return layout.platform or jax.default_backend()
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +112,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        key: jax.Array | None,
+        dropout_key: jax.Array | None,
         shared: Shared,
         *,
         cache_length: int = 0,
@@ -117,7 +120,7 @@ class Attention(nn.Module):
         """(B, T, D) to (B, T, D).
 
         Args:
-          key: of the dropout of probabilities; None: no dropout.
+          dropout_key: of probabilities; None: no dropout.
           cache_length: slots of the cache; 0: attend within x.
         """
         cfg = self.cfg
@@ -125,8 +128,8 @@ class Attention(nn.Module):
         mask, angles = shared.mask, shared.angles
 
         drop = None
-        if key is not None and cfg.dropout.attention:
-            drop = functools.partial(self._drop, key=key, rows=shared.rows)
+        if dropout_key is not None and cfg.dropout.attention:
+            drop = functools.partial(self._drop, key=dropout_key, rows=shared.rows)
         query = self._heads("query", x, heads, "heads")
         key = self._heads("key", x, kv_heads, "kv_heads")
         value = self._heads("value", x, kv_heads, "kv_heads")
@@ -142,22 +145,21 @@ class Attention(nn.Module):
         sinks = None
         if cfg.attention_sinks:
             sinks = self.param("sinks", named(nn.initializers.zeros, "heads"), (heads,), self.precision.params)
-        starting = self.is_initializing()  # on one row of one token, which no mesh splits
-        kernel = choose_kernel(
-            cfg,
-            self.layout,
-            segments=mask.query_segments is not None,
-            length=0 if starting else x.shape[1],
-            dtype=query.dtype.name,
-            dropout=drop is not None,
-            cache=bool(cache_length),
-            platform=platform(self.layout),
+        attend = reference_attention
+        if not self.is_initializing():  # that is on one row of one token, which no mesh splits
+            kernel = choose_kernel(
+                cfg,
+                self.layout,
+                segments=mask.query_segments is not None,
+                length=x.shape[1],
+                dtype=query.dtype.name,
+                dropout=drop is not None,
+                cache=bool(cache_length),
+            )
+            attend = functools.partial(kernel.attend, layout=self.layout)
+        out = attend(
+            query, key, value, mask, softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop, sinks=sinks
         )
-        terms = dict(softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop, sinks=sinks)
-        if starting:
-            out = reference_attention(query, key, value, mask, **terms)
-        else:
-            out = kernel.attend(query, key, value, mask, layout=self.layout, **terms)
 
         out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
         out = out.reshape(*x.shape[:-1], heads * size)

@@ -13,7 +13,7 @@ from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.experts import Routing
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.attention import Shared, choose_kernel, head_dim, platform
+from llm_jax.models.attention import Shared, choose_kernel, head_dim
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
 from llm_jax.models.transformer import Stack
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         )
         x, head, routing = self.trunk(tokens, positions, segment_ids, order=order, rows=rows, dropout_key=dropout_key)
         found = self._token_losses(x, head, targets, label_smoothing, chunk)
-        back = np.argsort(order)
+        back = np.argsort(order)  # puts rows in order again
         found = (self.layout(x[:, back], "batch", "length") for x in (found.loss, found.log_z, found.correct))
         return TokenLosses(*found, routing)
 
@@ -108,7 +108,6 @@ class Decoder(nn.Module):
             length=length,
             dtype=self.precision.compute.name,
             dropout=dropout_key is not None and cfg.dropout.attention > 0,
-            platform=platform(self.layout),
         )
         return zigzag_order(length, parts) if kernel.zigzag and parts > 1 else None
 
@@ -151,7 +150,7 @@ class Decoder(nn.Module):
             are the slots written and read, and a place beyond the cache marks padding.
           segment_ids: (B, T) int32, document of each token in a packed row, 0 for padding; None: one document a row.
           order: (T,), which token of its row stands at each place; None: they stand in order.
-          rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: they are the whole batch.
+          rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: 0, 1, 2, ...
           dropout_key: None: no dropout.
           cache_length: slots of the key-value cache, for prefill and decoding; 0: none.
 

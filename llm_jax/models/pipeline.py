@@ -239,10 +239,9 @@ def _without_pieces(policy: Policy | None) -> Policy:
     """
 
     def keep(primitive: Any, *args: Any, **params: Any) -> Any:
-        if primitive.name == "name" and params["name"] == "layer_input":
-            return True
         if policy is None:
             return primitive.name not in ("gather", "transpose")
-        return policy(primitive, *args, **params)
+        is_input = primitive.name == "name" and params["name"] == "layer_input"
+        return policy(primitive, *args, **params) or is_input  # the policy may want it in the host's memory
 
     return keep

@@ -76,7 +76,7 @@ def make_evaluator(
     Raises:
       UserError: there is no validation split, or the batch does not divide over the mesh.
     """
-    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size
+    batch_size = cfg.eval.batch_size or cfg.train.global_batch_size // cfg.train.accumulation
     if batch_size % layout.batch_shards:
         raise ConfigError(
             f"eval.batch_size={batch_size} does not divide over the {layout.batch_shards} parts of the mesh that "

@@ -1,5 +1,6 @@
 """A config's train step, lowered for devices that need not be there: shapes and shardings, never an array."""
 
+import dataclasses
 import sys
 
 import jax
@@ -23,6 +24,8 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
       layout: of real devices (then `.compile()` goes on), or `sharding.abstract_layout`'s, of a machine not there.
       platform: "tpu", "cuda" or "cpu", to lower for; None for the devices' own. An abstract layout has none.
     """
+    if platform:
+        layout = dataclasses.replace(layout, platform={"cuda": "gpu"}.get(platform, platform))
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     steps = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
     tx = optim.make(cfg.optim, steps, model.shapes(), model.axes())

@@ -15,6 +15,7 @@ from llm_jax.errors import BadStepsError
 from llm_jax.models.flops import FORMULA, Flops
 from llm_jax.models.registry import Model, count_parameters
 from llm_jax.sharding import path_name
+from llm_jax.training.back_end import attention_line
 
 
 class StepReport:
@@ -97,6 +98,7 @@ def cost_line(model: Model, cfg: Config, flops: Flops) -> str:
         f"a step ({flops.attention / flops.total:.0%} of them attention)"
     )
     layout = model.module.layout
+    line += f"; {attention_line(cfg, layout)}"
     if layout.stages > 1:
         idle = bubble(layout.stages, layout.stage_repeats, layout.stage_microbatches)
         line += f"; a pipeline of {layout.stages} stages, each idle {idle:.0%} of the time"

@@ -14,7 +14,7 @@ import safetensors.flax
 from llm_jax import config, distributed, sharding
 from llm_jax.backend import start_backend
 from llm_jax.config import Config
-from llm_jax.config.checks import MESH_AXES, check_splits, mesh_sizes
+from llm_jax.config.mesh import MESH_AXES, check_splits, mesh_sizes
 from llm_jax.data import store, tokenizers
 from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.generation.generate import Generator
@@ -23,6 +23,7 @@ from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import path_name
 from llm_jax.training import checkpoint, run_folder
+from llm_jax.training.back_end import fall_back
 from llm_jax.training.evaluate import make_evaluator
 
 
@@ -54,6 +55,8 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     start_backend(cfg)  # 64 bits, where the run has them
     cfg = fitted(cfg, fixed=any(item.startswith("mesh.") for item in overrides))
     layout = sharding.make_layout(cfg.mesh)
+    if not any(item.startswith("model.attention_kernel=") for item in overrides):
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention_kernel=fall_back(cfg, layout)))
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
     shardings = layout.parameter_shardings(shapes, model.axes())
@@ -73,6 +76,8 @@ def read_config(workdir: str) -> Config:
 
 def fitted(cfg: Config, *, fixed: bool) -> Config:
     """`cfg` with a mesh that fits the devices here: its own, or, unless `fixed`, all of them on the axis fsdp."""
+    if not fixed:  # which axis goes over slices matters to speed alone
+        cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, across_slices=()))
     try:
         check_splits(cfg, mesh_sizes(cfg.mesh, jax.device_count()))
         return cfg

@@ -36,7 +36,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libt
 MAY_CHANGE = (  # keys (with *) that a run may go on with changed
     "name", "log.*", "eval.*", "checkpoint.*", "generate.*", "mesh.*", "data.prefetch", "data.workers",
     "data.cache_dir", "train.max_bad_steps", "train.per_device_batch_size", "train.accumulation", "model.remat",
-    "model.attention_kernel",
+    "model.remat_save", "model.attention_kernel", "optim.offload", "train.loss_chunk",
 )  # fmt: skip
 MAY_GROW = ("train.steps", "train.tokens", "train.epochs")
 

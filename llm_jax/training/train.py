@@ -10,23 +10,25 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llm_jax import __version__, distributed, metrics, sharding
 from llm_jax.backend import compiler_options
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
-from llm_jax.config.checks import MESH_AXES
+from llm_jax.config.mesh import MESH_AXES
 from llm_jax.data import loader, store
 from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
+from llm_jax.kernels.attention import home
 from llm_jax.models import flops, registry
-from llm_jax.models.attention import choose_kernel
 from llm_jax.models.quantize import require_library
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, report, run_folder
 from llm_jax.training import state as train_state
+from llm_jax.training.back_end import check_attention
 from llm_jax.training.evaluate import Evaluator, make_evaluator
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import make_train_step
@@ -90,15 +92,15 @@ def same_on_all_hosts(cfg: Config) -> str:
 def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     """Mesh, data, model, optimizer, state: everything before the first step. `stack` closes what must be closed."""
     check_devices(cfg, jax.device_count())
-    require_library(cfg.precision.products)
+    require_library(cfg.precision.products)  # told before the data are prepared
     layout = sharding.make_layout(cfg.mesh)
-    check_attention(cfg, layout, jax.default_backend())
+    check_attention(cfg, layout)
 
     distributed.on_main(lambda: store.prepare(cfg.data))  # tokenized where it is missing; then all open it
     stores = store.prepare(cfg.data)
     if cfg.data.tokenizer == "none":
         store.require_ids_below(stores, cfg.model.vocab_size)
-    cfg = with_vocabulary(cfg, stores[0].tokenizer.vocab_size)
+    cfg = with_vocabulary(cfg, stores[0].tokenizer.vocab_size, layout.num_devices)
     data = loader.make_train(stores, cfg.data, cfg.train.global_batch_size, cfg.seed, layout)
     stack.enter_context(contextlib.closing(data))
     distributed.assert_same_everywhere("training data", data.state()["fingerprint"])
@@ -204,27 +206,14 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
     return state
 
 
-def check_attention(cfg: Config, layout: Layout, platform: str) -> None:
-    """Refuse an attention back end that lacks something that training or evaluation asks of it."""
-    for dropout in {False, cfg.model.dropout.attention > 0}:
-        choose_kernel(
-            cfg.model,
-            layout,
-            segments=cfg.data.mask_documents,
-            length=cfg.data.sequence_length,
-            dtype=cfg.precision.compute,
-            dropout=dropout,
-            platform=platform,
-        )
-
-
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def with_vocabulary(cfg: Config, size: int) -> Config:
+def with_vocabulary(cfg: Config, size: int, num_devices: int) -> Config:
     """`cfg` with the model's vocabulary taken from the tokenizer where the config leaves it open."""
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=check_vocab(cfg, size)))
+    vocab_size = check_vocab(cfg, size, num_devices)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
 
 def total_steps(cfg: Config, epoch_rows: int) -> int:
@@ -304,6 +293,9 @@ def describe(cfg: Config) -> str:
     shardings = layout.parameter_shardings(model.shapes(), model.axes(), layout.gradient_rules)
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     gradient = sharding.bytes_a_device(jax.tree.map(placed, state.params, shardings))
+    if cfg.train.accumulation > 1:  # the sum, in at least float32, and a micro-batch's own
+        wide = lambda leaf: leaf.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32))  # noqa: E731
+        gradient += sharding.bytes_a_device(jax.tree.map(lambda l, s: wide(placed(l, s)), state.params, shardings))
     return "\n".join(
         [
             json.dumps(to_dict(cfg), indent=2),
@@ -327,10 +319,11 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
     num_devices = jax.device_count() if -1 in sizes else math.prod(sizes)
     check_devices(cfg, num_devices)
-    layout = sharding.abstract_layout(cfg.mesh, num_devices)
-    check_attention(cfg, layout, jax.default_backend())
-    cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data))
+    layout = sharding.abstract_layout(cfg.mesh, num_devices, home(cfg.model.attention_kernel, jax.default_backend()))
+    check_attention(cfg, layout)
+    cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data), num_devices)
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
     tx = optim.make(cfg.optim, updates, model.shapes(), model.axes())
-    return cfg, layout, model, train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload)
+    ema = cfg.train.ema_decay > 0
+    return cfg, layout, model, train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)
