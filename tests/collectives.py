@@ -22,7 +22,7 @@ import numpy as np
 import tiny
 
 from llm_jax.config import Config, check, check_devices, load
-from llm_jax.config.checks import MESH_AXES
+from llm_jax.config.mesh import MESH_AXES
 from llm_jax.sharding import make_layout
 from llm_jax.training.lower import lower_step
 
