@@ -159,7 +159,6 @@ def describe(folder: Path, cfg: Config, model: registry.Model, found: Source, te
     others = {name: tensor.dtype.name for name, tensor in tensors.items() if tensor.dtype.name != usual}
     run_folder.write_json(beside / NOTES, {"architecture": found.family.architecture, "dtype": usual,
                                            "other_dtypes": others})  # fmt: skip
-    flush(folder)
 
 
 def most_frequent(words: Sequence[str]) -> str:
@@ -207,8 +206,7 @@ def to_hub(
     with new_folder(to) as folder:
         write_tensors(folder, by_path(run.params), moves, dtypes, shard_bytes)
         write_config(folder, family, run.cfg.model, beside if same else None, most_frequent(list(dtypes.values())))
-        write_tokenizer(folder, run.tokenizer, beside, written["vocab_size"])
-        flush(folder)
+        write_tokenizer(folder, run.tokenizer, beside)
         leaf_dtypes = {slot.path: dtypes[move.theirs[0]] for move in moves for slot in move.ours}
         unproven = check_export(folder, run, leaf_dtypes) if check else reference.Missing("--no_check was given")
     print(f"{to}: {family.architecture} of step {run.step} of {workdir}", flush=True)
@@ -285,7 +283,7 @@ def write_config(folder: Path, family: Family, cfg: DecoderConfig, beside: Path 
         raise UserError(f"{path} would describe another model, by what the source's config.json says beside")
 
 
-def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
     """The tokenizer's files, the source's own where the run was converted from one, and generation_config.json."""
     for name in source.BESIDE if beside else ():
         if name != "config.json" and (beside / name).is_file():
@@ -431,6 +429,7 @@ def new_folder(to: str) -> Iterator[Path]:
         raise UserError(f"--to={to}: nothing can be written there ({error.strerror})") from None
     try:
         yield folder
+        flush(folder)
         os.rename(folder, to)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
     keys.only("attention_bias", False, default=False, reason="our model has no bias of these layers alone")
     keys.ignore("intermediate_size")  # of layers without experts, of which there are none
     moe = {
-        "num_experts": keys.take("num_experts", 128),
+        "num_experts": keys.take("num_experts", keys.take("num_local_experts", 128)),  # transformers 4, 5
         "top_k": keys.take("num_experts_per_tok", 8),
         "renormalize": keys.take("norm_topk_prob", False),
         "balance_loss": keys.take("router_aux_loss_coef", 0.001),

@@ -1,0 +1,218 @@
+"""What cannot be converted is refused by name, and nothing is left behind."""
+
+import os
+
+import hub_models
+import numpy as np
+import pytest
+
+from llm_jax.config import from_dict, to_dict
+from llm_jax.convert import families, hub
+from llm_jax.errors import ConfigError, UserError
+from llm_jax.training import convert
+
+
+def refused(tmp_path, message, source=None, **options):
+    """The error, with nothing left beside the source."""
+    with pytest.raises(UserError, match=message) as error:
+        convert.from_hub(str(source or tmp_path / "source"), str(tmp_path / "run"), check=False, **options)
+    assert [name for name in os.listdir(tmp_path) if name.startswith("run")] == []
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- config.json
+
+LLAMA, QWEN2, QWEN3, MOE, MIXTRAL, PHI3, GPT2 = (
+    "LLaMA 2", "Qwen 2, tied", "Qwen 3", "Qwen 3 MoE", "Mixtral", "Phi-3", "GPT-2",
+)  # fmt: skip
+VALUES = [
+    (LLAMA, {"rope_scale_factor": 2}, "rope_scale_factor = 2: this key is not known"),
+    (LLAMA, {"hidden_act": "relu2"}, "hidden_act = 'relu2': our model can say silu"),
+    (LLAMA, {"attention_bias": True}, "attention_bias = True: mlp_bias is False"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = .* only None can be converted"),
+    (LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder = True: only False"),
+    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*dynamic"),
+    (LLAMA, {"rope_parameters": {"rope_type": "default", "beta": 1}}, "rope_parameters = .*beta has no meaning"),
+    (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the same rotary positions in every"),
+    (
+        LLAMA,
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}},
+        "attention_factor = 3.0: our YaRN scales by",
+    ),
+    (LLAMA, {"num_attention_heads": 5}, "describes a model that cannot be built: model.num_kv_heads = 4"),
+    (LLAMA, {"hidden_size": "wide"}, "describes a model that cannot be built: model.embed_dim = 'wide'"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*can be converted"),
+    (LLAMA, {"architectures": ["A", "B"]}, "does not name one architecture"),
+    (QWEN2, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": None}, "window"),
+    (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*the same window in every layer"),
+    (QWEN3, {"attention_bias": True}, "attention_bias = True: model.bias can be none"),
+    (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: our model has experts in every layer"),
+    (MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: our model has experts"),
+    (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    (PHI3, {"rope_parameters": None, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+    (GPT2, {"activation_function": "silu"}, "activation_function = 'silu': our model can say gelu_new"),
+]
+
+
+@pytest.mark.parametrize("name, changes, message", VALUES, ids=lambda value: str(value)[:40])
+def test_a_value_that_the_model_cannot_say(name, changes, message):
+    config = hub_models.stored(name)[0] | changes
+    with pytest.raises(ConfigError, match=message) as error:
+        families.of_config(config, "x/config.json").config(config, "x/config.json")
+    assert "x/config.json" in str(error.value)
+
+
+def test_a_missing_key_is_named():
+    config = hub_models.stored(LLAMA)[0]
+    del config["hidden_size"]
+    with pytest.raises(ConfigError, match="hidden_size is missing"):
+        families.of_config(config, "here").config(config, "here")
+
+
+def test_older_spellings_mean_the_same():
+    config = hub_models.stored("LLaMA 3.1, tied")[0]
+    family = families.of_config(config, "here")
+    older = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    scaling = dict(config["rope_parameters"])
+    older |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": "bfloat16"}
+    assert family.config(older, "here") == family.config(config, "here")
+    del config["architectures"]
+    assert families.of_config(config, "here") is family  # by its model_type
+
+
+def test_every_family_reads_back_what_it_writes():
+    for name in hub_models.CASES:
+        config = hub_models.stored(name)[0]
+        family = families.of_config(config, "here")
+        cfg = family.config(config, "here")
+        assert from_dict({"model": to_dict(from_dict({}))["model"]})  # the schema itself round-trips
+        again = family.config(family.hf_config(cfg), "here")
+        assert again.rope == cfg.rope and again.moe == cfg.moe and again.sliding_window == cfg.sliding_window
+        assert again.dropout == cfg.dropout or name.startswith("Phi")
+
+
+# ------------------------------------------------------------------------------------------------- tensors
+
+
+def without(name):
+    return lambda arrays: arrays.pop(name)
+
+
+def another(name, array):
+    return lambda arrays: arrays.update({name: array})
+
+
+def with_nan(arrays):
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = np.inf
+
+
+TENSORS = [
+    (without("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing, and Llama"),
+    (another("model.extra.weight", np.zeros(3, np.float32)), "model.extra.weight is left over: no rule of LlamaFor"),
+    (
+        another("model.norm.weight", np.zeros(31, np.float32)),
+        r"model.safetensors: the tensor model.norm.weight has the shape \[31\] and config.json makes it \[32\]",
+    ),
+    (with_nan, "model.layers.1.mlp.up_proj.weight in .*model.safetensors holds numbers that are not finite"),
+]
+
+
+@pytest.mark.parametrize("change, message", TENSORS, ids=["missing", "left over", "shape", "not finite"])
+def test_tensors_that_do_not_fit(change, message, tmp_path):
+    config, arrays = hub_models.stored(LLAMA)
+    change(arrays)
+    hub_models.write(tmp_path / "source", config, arrays)
+    refused(tmp_path, message)
+
+
+def test_quantised_numbers(tmp_path):
+    config, arrays = hub_models.stored(LLAMA)
+    arrays = {name: array.astype(np.int8) for name, array in arrays.items()}
+    hub_models.write(tmp_path / "source", config, {})
+    planned = [hub_models.Planned(name, array.dtype, array.shape) for name, array in arrays.items()]
+    hub_models.safetensors.write_folder(tmp_path / "source", planned, lambda t: arrays[t.name], largest=1 << 30)
+    refused(tmp_path, "is int8; weights are read as .*dequantised first")
+
+
+def test_a_shard_that_is_cut_is_named(tmp_path):
+    hub_models.checkpoint(tmp_path / "source", LLAMA, largest=20_000)
+    path = sorted((tmp_path / "source").glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert str(path) in refused(tmp_path, "is cut off")
+
+
+# ------------------------------------------------------------------------------------------ what is asked for
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    refused(tmp_path, "there is no such folder")
+    (tmp_path / "source").mkdir()
+    refused(tmp_path, "config.json is missing")
+    (tmp_path / "source" / "config.json").write_text("[]")
+    refused(tmp_path, "it holds no JSON object")
+    (tmp_path / "source" / "config.json").write_text("{")
+    refused(tmp_path, "is damaged or cannot be read")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    hub_models.checkpoint(tmp_path / "source", LLAMA)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="it exists already"):
+        convert.from_hub(str(tmp_path / "source"), str(tmp_path / "there"))
+
+
+def test_an_override_that_would_make_it_another_model(tmp_path):
+    hub_models.checkpoint(tmp_path / "source", LLAMA)
+    refused(tmp_path, "model.norm_eps = 0.1: the checkpoint was made with 1e-06", overrides=["model.norm_eps=0.1"])
+    refused(tmp_path, "model.num_layer", overrides=["model.num_layer=3"])
+    refused(tmp_path, "--dtype=float16: parameters are kept in", dtype="float16")
+
+
+def test_a_crash_leaves_no_half_run(tmp_path, monkeypatch):
+    hub_models.checkpoint(tmp_path / "source", LLAMA)
+    monkeypatch.setattr(convert, "describe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.from_hub(str(tmp_path / "source"), str(tmp_path / "run"))
+    assert os.listdir(tmp_path) == ["source"]
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+
+class FakeHub:
+    """Stands in for huggingface_hub: hands out a folder, or fails as it does."""
+
+    def __init__(self, folder=None, error=None):
+        self.folder, self.error, self.calls = folder, error, []
+
+    def snapshot_download(self, name, *, revision, allow_patterns):
+        self.calls.append((name, revision, tuple(allow_patterns)))
+        if self.error:
+            raise self.error
+        return str(self.folder)
+
+
+def test_a_name_is_fetched_with_its_revision(tmp_path, monkeypatch):
+    fake = FakeHub(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", fake)
+    assert hub.folder_of("owner/name", "v1") == tmp_path
+    assert hub.folder_of("owner/name", None, weights=False) == tmp_path
+    (first, second) = fake.calls
+    assert first[:2] == ("owner/name", "v1") and "*.safetensors" in first[2]
+    assert second[:2] == ("owner/name", None) and "*.safetensors" not in second[2]
+    assert not any(pattern.endswith((".bin", ".py")) for pattern in first[2])
+
+
+def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", FakeHub(error=OSError("we are\noffline")))
+    with pytest.raises(UserError, match=r"hf:owner/name: .*\(OSError: we are offline\).*HF_HUB_OFFLINE"):
+        hub.folder_of("owner/name", None)
+
+
+def test_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", FakeHub(error=AssertionError()))
+    assert hub.folder_of(str(tmp_path), None) == tmp_path
+    assert hub.folder_of("./owner/name", None).name == "name"
+    with pytest.raises(UserError, match="--revision=main is for names on the hub"):
+        hub.folder_of(str(tmp_path), "main")
