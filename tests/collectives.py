@@ -194,13 +194,16 @@ LONG_ROWS = (
 # By name: a config with its machine, and overrides. The first two are small enough for the default suite.
 CELLS = {
     "llama3-8b 64 data+fsdp": ("llama3/8b:h100x64", ()),
-    "mixtral-8x7b 32 fsdp+expert": ("mixtral/8x7b:v5p-64", ()),
+    "mixtral-8x7b 32 fsdp+expert": ("mixtral/8x7b:v5p-64", ("mesh.fsdp=4", "mesh.expert=8")),
     "llama2-7b 512 fsdp": ("llama2/7b:v5p-1024", ()),
     "llama3-70b 512 data+fsdp": ("llama3/70b:v5p-1024", ("mesh.data=8", "mesh.fsdp=64")),
     "llama3-405b 512 fsdp": ("llama3/405b:h100x512", ()),
-    "llama3-405b 256 fsdp+tensor": ("llama3/405b:v6e-256", ()),
+    "llama3-405b 256 fsdp+tensor": (
+        "llama3/405b",
+        ("mesh.fsdp=32", "mesh.tensor=8", "train.accumulation=64", SPLIT_RESIDUAL),  # two rows a device
+    ),
     "llama3-405b 512 fsdp+tensor": ("llama3/405b:v5p-1024", ("mesh.fsdp=64", "mesh.tensor=8", SPLIT_RESIDUAL)),
-    "mixtral-8x22b 512 fsdp+expert": ("mixtral/8x22b:h100x512", ()),
+    "mixtral-8x22b 512 fsdp+expert": ("mixtral/8x22b:h100x512", ("mesh.fsdp=64", "mesh.expert=8")),
     "llama3-8b 512 fsdp+ring": ("llama3/8b:v5p-1024", (*LONG_ROWS, "model.attention_kernel=ring")),
     "llama3-8b 512 fsdp+all_to_all": ("llama3/8b:v5p-1024", (*LONG_ROWS, "model.attention_kernel=all_to_all")),
     "llama3-70b 512 stage+fsdp": (

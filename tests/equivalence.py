@@ -29,7 +29,7 @@ from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, abstract_layout, make_layout, path_name
 from llm_jax.training import step
-from llm_jax.training.train import check_attention
+from llm_jax.training.back_end import check_attention
 
 DEVICES, ROWS, LENGTH = 8, 32, 16
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-9  # float64, relative
@@ -162,7 +162,7 @@ def config(cell: Cell) -> Config:
     cfg = override(Config(), (*BASE, *cell.model(), *cell.form()))
     check(cfg)
     check_devices(cfg, cell.num_devices)
-    check_attention(cfg, abstract_layout(cfg.mesh, cell.num_devices), "cpu")
+    check_attention(cfg, abstract_layout(cfg.mesh, cell.num_devices, "cpu"))
     return cfg
 
 
