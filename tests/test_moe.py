@@ -101,18 +101,25 @@ def remat_warnings(capfd):
 # ------------------------------------------------------------------------------------------------ on meshes
 
 MESHES = [
-    dict(expert=2), dict(expert=4), dict(expert=8), dict(data=2, expert=4), dict(fsdp=2, expert=4),
-    dict(fsdp=4, expert=2), dict(expert=2, tensor=4), dict(expert=2, sequence=4), dict(data=2, fsdp=2, expert=2),
-    dict(fsdp=2, expert=2, tensor=2), dict(expert=2, sequence=2, tensor=2), dict(fsdp=2, sequence=2, tensor=2),
-    dict(fsdp=2, expert=2, sequence=2), dict(stage=2, expert=2, tensor=2),
+    dict(expert=8), dict(data=2, fsdp=2, expert=2), dict(expert=2, sequence=2, tensor=2),
+]  # fmt: skip
+MORE_MESHES = [
+    dict(expert=2), dict(expert=4), dict(data=2, expert=4), dict(fsdp=2, expert=4), dict(fsdp=4, expert=2),
+    dict(expert=2, tensor=4), dict(expert=2, sequence=4), dict(fsdp=2, expert=2, tensor=2),
+    dict(fsdp=2, sequence=2, tensor=2), dict(fsdp=2, expert=2, sequence=2), dict(stage=2, expert=2, tensor=2),
 ]  # fmt: skip
 OTHERS = [dict(fsdp=2, expert=2, tensor=2), dict(expert=2, sequence=2, tensor=2)]
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [(name, sizes) for name in ("dropless", "capacity") for sizes in MESHES]
-    + [(name, sizes) for name in list(CONFIGS)[2:] for sizes in OTHERS],
+    + [slow(name, sizes) for name in ("dropless", "capacity") for sizes in MORE_MESHES]
+    + [slow(name, sizes) for name in list(CONFIGS)[2:] for sizes in OTHERS],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items()),
 )
 def test_every_mesh_gives_what_one_device_gives(x64, capfd, name, sizes):
@@ -122,7 +129,8 @@ def test_every_mesh_gives_what_one_device_gives(x64, capfd, name, sizes):
 
 @pytest.mark.parametrize("name", ["dropless", "capacity", "dropless, biases"])
 @pytest.mark.parametrize(
-    "sizes", [dict(stage=2, expert=2, tensor=2), dict(stage=2, fsdp=2, expert=2), dict(stage=2, expert=2, sequence=2)],
+    "sizes",
+    [dict(stage=2, expert=2, tensor=2), slow(dict(stage=2, fsdp=2, expert=2)), slow(dict(stage=2, expert=2, sequence=2))],
     ids=str,
 )  # fmt: skip
 def test_layers_of_two_stages_run_at_once(x64, capfd, name, sizes):

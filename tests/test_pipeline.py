@@ -112,9 +112,13 @@ def assert_equal(found, expected):
 # ------------------------------------------------------------------------------------------------- exactness
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("rounds", [1, 2], ids="M={}S".format)
 @pytest.mark.parametrize("repeats", [1, 2], ids="R={}".format)
-@pytest.mark.parametrize("stages", [2, 4, 8], ids="S={}".format)
+@pytest.mark.parametrize("stages", [2, slow(4), slow(8)], ids="S={}".format)
 def test_a_plain_loop_to_the_last_digits(x64, stages, repeats, rounds):
     _, found, expected = case(stages, repeats, rounds * stages)
     assert_equal(found, expected)
@@ -140,10 +144,10 @@ def test_other_sizes(x64, sizes):
 @pytest.mark.parametrize(
     ("mesh", "repeats"),
     [
-        (dict(data=2), 1),
-        (dict(fsdp=4), 2),
-        (dict(tensor=2), 2),
-        (dict(sequence=2), 1),
+        slow(dict(data=2), 1),
+        slow(dict(fsdp=4), 2),
+        slow(dict(tensor=2), 2),
+        slow(dict(sequence=2), 1),
         (dict(sequence=2, tensor=2, activation_rules=("residual_length=sequence+tensor",)), 1),
         (dict(fsdp=2, tensor=2), 2),
     ],
@@ -328,11 +332,11 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "accumulation"),
     [
-        ("rotary", dict(stage=4), 1),
+        slow("rotary", dict(stage=4), 1),
         ("rotary", dict(stage=2, stage_repeats=2, data=2, fsdp=2), 2),
         ("rotary", dict(stage=2, sequence=2, tensor=2, stage_microbatches=8), 1),
         ("relative", dict(stage=2, stage_repeats=2, stage_microbatches=4, tensor=2), 1),
-        ("relative", dict(stage=4, sequence=2), 2),
+        slow("relative", dict(stage=4, sequence=2), 2),
         ("experts", dict(stage=2, stage_repeats=2, expert=2), 1),
     ],
     ids=str,
