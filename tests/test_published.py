@@ -305,6 +305,14 @@ def test_the_exchange_has_room_for_as_many_rows_as_counted(num_experts, top_k, p
     assert products and all(f"f32[{rows}," in line for line in products)
 
 
+def test_activations_are_about_what_a_compiler_asks_for():
+    """LLaMA-3 8B, 32 rows a v5p chip of 32: the TPU compiler refused it for 121.19 GiB of temporaries."""
+    size = size_of("llama3/8b")
+    used = machines.used_bytes(size, shards=32, tensor=1, expert=1, rows=32, accumulation=1)
+    temporaries = used - 12 * 8_030_261_248 / 32  # parameters and moments are arguments, gradients are not
+    assert temporaries / 2**30 == pytest.approx(121.19, rel=0.05)
+
+
 def test_whole_weights_by_hand():
     """A layer in bfloat16 and its gradient, or the head in bfloat16 and its gradient in float32."""
     layer = 2 * 16_384**2 * (1 + 8 / 128) + 3 * 16_384 * 53_248
