@@ -121,8 +121,9 @@ def read_rope(keys: Keys, *, base: float = 10_000.0) -> dict[str, Any]:
 def _read_yarn(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
     factor = float(rest.pop("factor"))
     usual = 0.1 * math.log(factor) + 1.0
-    if not math.isclose(rest.pop("attention_factor", usual), usual, rel_tol=1e-6):
-        raise keys.refuse("attention_factor", keys.values, f"our YaRN scales by 0.1 ln(factor) + 1 = {usual:g} alone")
+    scale = rest.pop("attention_factor", usual)
+    if not math.isclose(scale, usual, rel_tol=1e-6):
+        raise keys.refuse("attention_factor", scale, f"our YaRN scales by 0.1 ln(factor) + 1 = {usual:g} alone")
     if not rest.pop("truncate", True):
         raise keys.refuse("truncate", False, "our YaRN rounds the ends of its ramp")
     original = rest.pop("original_max_position_embeddings", None) or keys.take("max_position_embeddings")

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ from llm_jax.convert.rules import Move
 from llm_jax.convert.safetensors import Planned, Tensor
 from llm_jax.convert.source import Source
 from llm_jax.data import tokenizers
-from llm_jax.data.progress import Progress
 from llm_jax.errors import ConfigError, DataError, Unproven, UserError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
@@ -36,6 +37,7 @@ from llm_jax.training.streamed import StreamedCheckpoint, flush
 BESIDE = "hf"  # folder of a run: the files that lay beside the weights it was converted from
 NOTES = "llm_jax.json"  # there: architecture and dtypes of the source
 SHARD_BYTES = 5 * 10**9
+LINE_EVERY = 10.0  # seconds between lines of progress
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 # ------------------------------------------------------------------------------------------- from the hub
@@ -439,7 +441,43 @@ def new_folder(to: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def told(title: str, total: int) -> Iterator[Any]:
-    """advance(bytes, tensors): a bar on a terminal, plain lines elsewhere."""
-    with Progress().counting(title, total) as advance:
+def told(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Yields advance(bytes, tensors): a bar on a terminal, plain lines elsewhere."""
+    if sys.stderr.isatty():
+        with bar(title, total) as advance:
+            yield advance
+        return
+    last, done, tensors = time.monotonic(), 0, 0
+
+    def advance(more: int, more_tensors: int) -> None:
+        nonlocal last, done, tensors
+        done, tensors = done + more, tensors + more_tensors
+        if time.monotonic() - last >= LINE_EVERY:
+            last = time.monotonic()
+            print(f"{title}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {tensors:,} tensors", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+@contextlib.contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TextColumn("{task.fields[tensors]} tensors"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task, tensors = shown.add_task(title, total=total, tensors=0), 0
+
+        def advance(more: int, more_tensors: int) -> None:
+            nonlocal tensors
+            tensors += more_tensors
+            shown.update(task, advance=more, tensors=tensors)
+
         yield advance

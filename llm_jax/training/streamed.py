@@ -1,41 +1,39 @@
 """A checkpoint written slice by slice: no parameter is ever whole in memory.
 
 Each parameter is a zarr array in a folder of its own, cut into chunks that lie within one layer and one expert, so that
-a slice of it is a few files. When all are written, Orbax saves a checkpoint of the same names with one number each, and
+a slice of it is a few files, which are written as they are in memory. When all are written, Orbax saves a checkpoint of the same names with one number each, and
 the finished arrays take the place of those: what surrounds them is Orbax's own, and it reads them like any others.
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
 import os
 import shutil
-from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
+from llm_jax.convert.safetensors import write_all
 from llm_jax.errors import DataError
 from llm_jax.training.checkpoint import _nested, _quiet_libraries
 from llm_jax.training.record import sealed
 
 CHUNK_BYTES = 16 << 20
-IN_FLIGHT = 4  # chunks that wait for the disk
-FEW = 1 << 16  # numbers
+WORKERS = min(os.cpu_count() or 1, 8)  # threads, with one chunk each
+PIECE = 1 << 16  # numbers that are summed at a time: they stay in the cache
+TILE = 128  # columns that are transposed at a time, likewise
 
 
 @dataclasses.dataclass
 class Written:
     """What is known of one array so far: its two sums (see `fingerprint.py`) and how many numbers were written."""
 
-    array: Any  # tensorstore.TensorStore
     first: int = 0
     second: int = 0
     count: int = 0
@@ -54,10 +52,13 @@ class StreamedCheckpoint:
         self, staging: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], depths: Mapping[str, int]
     ):
         self.staging, self.shapes, self.depths = staging, dict(shapes), dict(depths)
-        self._flying: deque[Any] = deque()
-        self._written = {path: Written(self._create(path)) for path in self.shapes}
+        self._pool = ThreadPoolExecutor(WORKERS)
+        self._written = {path: Written() for path in self.shapes}
+        for path in self.shapes:
+            self._create(path)
 
-    def _create(self, path: str) -> Any:
+    def _create(self, path: str) -> None:
+        """What tells readers of the array its shape, dtype and chunks."""
         shape, depth = self.shapes[path].shape, self.depths[path]
         spec = {
             "driver": "zarr3",
@@ -71,10 +72,8 @@ class StreamedCheckpoint:
                 },
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
             },
-            "store_data_equal_to_fill_value": True,
         }
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
-        return tensorstore.open(spec, create=True, context=context).result()
+        tensorstore.open(spec, create=True).result()
 
     def write(self, path: str, index: tuple[int, ...], values: np.ndarray, source: str) -> None:
         """Write what lies at `index` of the first axes; where `values` are fewer than there is room, zeros follow.
@@ -86,23 +85,36 @@ class StreamedCheckpoint:
         rows = chunk_shape(self.shapes[path].shape, self.depths[path], dtype.itemsize)[len(index)]
         offset = int(np.ravel_multi_index(index, self.shapes[path].shape[: len(index)])) if index else 0
         offset *= math.prod(room)
-        for start in range(0, room[0], rows):
+
+        def write_rows(start: int) -> tuple[int, int, bool, int]:
             stop = min(start + rows, room[0])
             block = block_of(values, start, stop, room, dtype)
-            first, second, finite = sums(block, offset + start * math.prod(room[1:]))
+            found = sums(block, offset + start * math.prod(room[1:]))
+            self._write_chunk(path, (*index, start // rows, *(0,) * (len(room) - 1)), rows, block)
+            return *found, block.size
+
+        # All is done on return: nothing holds on to `values`.
+        for first, second, finite, count in self._pool.map(write_rows, range(0, room[0], rows)):
             if not finite:
                 raise DataError(f"{source} holds numbers that are not finite: it is damaged, or its training had failed")
             written.first += first
             written.second += second
-            written.count += block.size
-            while len(self._flying) >= IN_FLIGHT:
-                self._flying.popleft().result()
-            self._flying.append(written.array[(*index, slice(start, stop))].write(block))
+            written.count += count
+
+    def _write_chunk(self, path: str, number: tuple[int, ...], rows: int, block: np.ndarray) -> None:
+        """One file: a chunk's bytes as they are in memory, filled up to its `rows` (zarr 3, codec "bytes")."""
+        place = self.staging / folder_name(path) / "c" / "/".join(map(str, number))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "wb", buffering=0) as stream:
+            write_all(stream, block.reshape(-1).view(np.uint8))
+            write_all(stream, bytes((rows - len(block)) * block[0].nbytes))
 
     def finish(self, workdir: Path, step: int) -> None:
-        """Make it checkpoint `step` of the run in `workdir`; `flush` it before it is relied on. Raises ValueError where something was never written."""
-        for future in self._flying:
-            future.result()
+        """Make it checkpoint `step` of the run in `workdir`; `flush` it before it is relied on.
+
+        Raises ValueError where something was never written.
+        """
+        self._pool.shutdown()
         lost = [path for path, written in self._written.items() if written.count != math.prod(self.shapes[path].shape)]
         if lost:
             raise ValueError(f"these were not written once and whole: {lost}")
@@ -144,10 +156,15 @@ def chunk_shape(shape: tuple[int, ...], depth: int, itemsize: int) -> list[int]:
 def block_of(values: np.ndarray, start: int, stop: int, room: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Rows `start` to `stop` of `values`, zeros where it has none, contiguous."""
     part = values[start:stop]
-    if part.shape == (stop - start, *room[1:]):
-        return np.ascontiguousarray(part, dtype)
+    if part.shape == (stop - start, *room[1:]) and part.flags.c_contiguous and part.dtype == dtype:
+        return part
     block = np.zeros((stop - start, *room[1:]), dtype)
-    block[tuple(slice(size) for size in part.shape)] = part
+    into = block[tuple(slice(size) for size in part.shape)]
+    if part.ndim == 2:  # mostly a transposed matrix, which numpy would copy number by number over all its rows
+        for column in range(0, part.shape[1], TILE):
+            into[:, column : column + TILE] = part[:, column : column + TILE]
+    else:
+        into[...] = part
     return block
 
 
@@ -156,35 +173,24 @@ def sums(block: np.ndarray, offset: int) -> tuple[int, int, bool]:
 
     `offset`: row-major number of its first element.
     """
-    finite = True
+    flat, finite = block.reshape(-1), True
     if block.dtype.itemsize == 8:  # as two numbers of 32 bits each, the lower first
-        finite, bits, offset = bool(np.isfinite(block).all()), block.reshape(-1).view(np.uint32), 2 * offset
-        exponent = 0
+        finite, bits, offset, exponent = bool(np.isfinite(flat).all()), flat.view(np.uint32), 2 * offset, None
+    elif block.dtype.itemsize == 4:
+        bits, exponent = flat.view(np.uint32), np.uint32(0x7F800000)
     else:
-        bits = block.reshape(-1).view({2: np.uint16, 4: np.uint32}[block.dtype.itemsize])
-        exponent = 0x7F800000 if block.dtype.itemsize == 4 else 0x7F80
-    if len(bits) < FEW:  # zeros add nothing, and one size is compiled in place of many
-        bits = np.concatenate([bits, np.zeros(FEW - len(bits), bits.dtype)])
-    with cpu():
-        first, second, all_finite = np.asarray(_sums(bits, np.uint32(offset % 2**32), exponent=exponent)).tolist()
-    return first, second, finite and bool(all_finite)
-
-
-@functools.partial(jax.jit, static_argnames="exponent")
-def _sums(bits: jax.Array, offset: jax.Array, exponent: int) -> jax.Array:
-    """`exponent`: the bits that are all set in what is not finite (float32, bfloat16); 0: not asked."""
-    wide = bits.astype(jnp.uint32)
-    index = jax.lax.iota(jnp.uint32, len(bits)) + offset
-    finite = ((wide & exponent) != exponent).all() if exponent else jnp.bool_(True)
-    return jnp.stack([wide.sum(dtype=jnp.uint32), (wide * (2 * index + 1)).sum(dtype=jnp.uint32), finite.astype(jnp.uint32)])
-
-
-def cpu() -> contextlib.AbstractContextManager[Any]:
-    """Compute in the host, where the block lies."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was told to start without it
-        return contextlib.nullcontext()
+        bits, exponent = flat.view(np.uint16), np.uint16(0x7F80)
+    first = second = 0
+    odd = 2 * np.arange(min(PIECE, len(bits)), dtype=np.uint32) + 1
+    for start in range(0, len(bits), PIECE):
+        piece = bits[start : start + PIECE]
+        if exponent is not None:  # its bits are all set in what is not finite
+            finite &= bool((piece & exponent).max() != exponent)
+        wide = piece.astype(np.uint32)
+        total = int(wide.sum(dtype=np.uint32))
+        first += total
+        second += int(np.dot(wide, odd[: len(wide)])) + 2 * (offset + start) * total
+    return first % 2**32, second % 2**32, finite
 
 
 def flush(folder: Path) -> None:
