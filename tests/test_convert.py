@@ -1,8 +1,11 @@
 """Conversion of every family, both ways, against logits that transformers computed for the same tiny models."""
 
+import dataclasses
 import json
+from typing import Any
 
 import hub_models
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,14 +14,21 @@ from tiny import quick_compiler
 from llm_jax.config import DecoderConfig, MoEConfig
 from llm_jax.convert import families, reference, torch_reference
 from llm_jax.errors import ConversionMismatch, Unproven, UserError
-from llm_jax.sharding import path_name
-from llm_jax.training import convert, restore, run_folder
+from llm_jax.training import checkpoint, convert, restore, run_folder
 
 
 @pytest.fixture(autouse=True)
 def quick():
     with quick_compiler():
         yield
+
+
+@dataclasses.dataclass
+class State:
+    """What a start of parameters alone touches of a training state."""
+
+    params: Any
+    ema: Any
 
 
 def put_reference(folder, name):
@@ -251,12 +261,12 @@ def test_the_mapping_names_every_tensor_and_parameter_without_reading_weights(tm
     assert all(name in text for name in hub_models.stored("Phi-3")[1])
 
 
-def test_training_starts_from_a_converted_run(tmp_path):
-    unchecked(hub_models.checkpoint(tmp_path / "source", "LLaMA 2"), tmp_path / "run")
-    from llm_jax.training import checkpoint
-
-    run = restore.restore(str(tmp_path / "run"))
-    params, step = checkpoint.restore_params(tmp_path / "run", None, run.model.shapes())
-    assert step == 0
-    found = {path_name(path) for path, _ in restore.jax.tree_util.tree_leaves_with_path(params)}
-    assert "stack/blocks/mlp/gate/kernel" in found
+def test_a_run_in_float32_starts_from_parameters_in_bf16(tmp_path):
+    source = hub_models.checkpoint(tmp_path / "source", "LLaMA 2", dtype="bfloat16")
+    unchecked(source, tmp_path / "run")
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), restore.restore(str(tmp_path / "run")).params)
+    state = State(wide, None)
+    start = checkpoint._parameters_only(str(tmp_path / "run"), state, lambda: state)
+    table = np.asarray(start.state.params["embedding"]["table"])
+    assert table.dtype == np.float32
+    np.testing.assert_array_equal(table, hub_models.read(source)["model.embed_tokens.weight"].astype(np.float32))

@@ -478,10 +478,26 @@ def _whole_state(
     return Start(_rebuild(abstract_state, arrays), record["data"], step, f"{words} step {step} of {workdir}")
 
 
+def _as_saved(workdir: str, abstract_params: Tree) -> Tree:
+    """`abstract_params` with the saved dtype where the wanted one holds all its numbers: a start may be widened."""
+    try:
+        saved = read_record(_folder(workdir) / str(steps(workdir)[-1]))["arrays"]
+    except DamagedCheckpoint:
+        return abstract_params  # whoever loads it says so
+
+    def narrower(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = saved.get(f"params/{path_name(path)}", {}).get("dtype", leaf.dtype)
+        fits = jnp.promote_types(dtype, leaf.dtype) == leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if fits else leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+    return jax.tree_util.tree_map_with_path(narrower, abstract_params)
+
+
 def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
     _check_there(workdir, None)
     state = dataclasses.replace(init(), params=None)  # the fresh parameters go before the others come
-    params, step = restore_params(workdir, None, abstract_state.params)
+    params, step = restore_params(workdir, None, _as_saved(workdir, abstract_state.params))
+    params = jax.tree.map(lambda p, wanted: p.astype(wanted.dtype), params, abstract_state.params)
     state = dataclasses.replace(state, params=params)
     if state.ema is not None:  # a copy, for both are donated; it may be wider than the parameters
         copy = lambda p, old: jax.device_put(jnp.array(p, old.dtype), old.sharding)  # noqa: E731
