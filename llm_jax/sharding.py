@@ -7,6 +7,7 @@ a misspelt axis can never leave a tensor replicated in silence.
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -261,11 +262,8 @@ def make_layout(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Lay
     devices = jax.devices() if devices is None else devices
     shape, types = mesh_shape(cfg, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
     across = slice_sizes(cfg)
-    if across:
-        grid = devices_over_slices(shape, tuple(across.get(axis, 1) for axis in MESH_AXES), devices)
-        mesh = Mesh(grid, MESH_AXES, types)
-    else:
-        mesh = jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
+    grid = devices_over_slices(shape, tuple(across.get(axis, 1) for axis in MESH_AXES), devices)
+    mesh = Mesh(grid, MESH_AXES, types)
     return dataclasses.replace(abstract_layout(cfg, len(devices), devices[0].platform), mesh=mesh)
 
 
@@ -276,7 +274,9 @@ def devices_over_slices(shape: tuple[int, ...], across: tuple[int, ...], devices
     NVLink) and a small one over the network between slices.
     """
     inner = tuple(size // outer for size, outer in zip(shape, across, strict=True))
-    grids = [mesh_utils.create_device_mesh(inner, part) for part in slices_of(devices, math.prod(across))]
+    # A mesh axis may go along part of a torus's axis: published sizes do not all follow the torus.
+    torus = functools.partial(mesh_utils.create_device_mesh, inner, allow_split_physical_axes=True)
+    grids = [torus(part) for part in slices_of(devices, math.prod(across))]
     grid = np.array(grids).reshape(*across, *inner)
     rank = len(shape)
     return grid.transpose([axis for i in range(rank) for axis in (i, rank + i)]).reshape(shape)
@@ -285,6 +285,8 @@ def devices_over_slices(shape: tuple[int, ...], across: tuple[int, ...], devices
 def slices_of(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
     """The devices of each slice: by slice number (TPU), else by process (a node of GPUs), else, on fake CPU devices, in
     equal runs. Raises ConfigError where they do not form `count` equal slices."""
+    if count == 1:
+        return [devices]
     numbers = [getattr(device, "slice_index", None) for device in devices]
     if len(set(numbers)) == 1:
         numbers = [device.process_index for device in devices]
