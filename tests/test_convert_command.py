@@ -8,8 +8,7 @@ import pytest
 from tiny import quick_compiler
 
 from llm_jax import cli
-from llm_jax.convert import families, reference
-from llm_jax.training import convert
+from llm_jax.convert import families, progress, reference
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +92,8 @@ def test_the_run_generates_evaluates_trains_and_goes_back(capsys, tmp_path):
     assert cli.main(["export", f"--workdir={run}", f"--to={tmp_path / 'export'}"]) == 0
 
     tuned = tmp_path / "tuned"
-    assert cli.main(["train", f"--config={run}/config.json", f"--workdir={tuned}", f"--config.checkpoint.init_from={run}",
+    assert cli.main(["train", f"--config={run}/config.json", f"--workdir={tuned}",
+                     f"--config.checkpoint.init_from={run}",
                      "--config.train.steps=1", "--config.train.global_batch_size=8", "--config.log.trackers=()",
                      "--config.generate.max_tokens=0"]) == 0  # fmt: skip
     assert "begins at step 0 with the parameters of step 0" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_the_run_generates_evaluates_trains_and_goes_back(capsys, tmp_path):
 
 
 def test_progress_tells_bytes_and_tensors(capsys, monkeypatch):
-    monkeypatch.setattr(convert, "LINE_EVERY", 0.0)
-    with convert.told("reading", 4_000_000) as advance:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with progress.told("reading", 4_000_000) as advance:
         advance(1_000_000, 3)
     assert capsys.readouterr().err == "reading: 1.0 of 4.0 MB, 3 tensors\n"

@@ -1,4 +1,4 @@
-"""From a name on the hub, or a path, to a folder. `huggingface_hub` does the fetching, its cache and offline mode too."""
+"""From a name on the hub, or a path, to a folder. `huggingface_hub` fetches, with its own cache and offline mode."""
 
 import re
 from pathlib import Path

@@ -78,7 +78,7 @@ class Keys:
                 continue
             allowed = ", ".join(map(repr, MUST_BE.get(name, ())))
             reason = f"only {allowed} can be converted" if allowed else "this key is not known for its architecture"
-            fix = "give a checkpoint without it" if allowed else "take it out of the file if you know that it says nothing"
+            fix = "give a checkpoint without it" if allowed else "take it out of the file if it says nothing"
             raise refuse(f"{self.where}: {name}", value, reason, fix)
 
 

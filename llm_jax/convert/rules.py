@@ -185,7 +185,8 @@ def plan(rules: Sequence[Rule], cfg: DecoderConfig, shapes: Any, axes: Any, voca
     expected = {path: _parts(path, leaves, covered, moves) for path in leaves}
     wrong = [path for path in leaves if covered[path] != expected[path]]
     if wrong or set(covered) - set(leaves):
-        raise ValueError(f"the family's table does not cover {wrong or sorted(set(covered) - set(leaves))} exactly once")
+        wrong = wrong or sorted(set(covered) - set(leaves))
+        raise ValueError(f"the family's table does not cover {wrong} exactly once")
     return moves
 
 

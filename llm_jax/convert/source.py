@@ -76,7 +76,8 @@ def check_names(source: Source, tensors: dict[str, Tensor], moves: Sequence[Move
     for name, tensor in tensors.items():
         if name not in shapes:
             raise DataError(
-                f"{tensor.file}: the tensor {tensor.name} is left over: no rule of {source.family.architecture} takes it"
+                f"{tensor.file}: the tensor {tensor.name} is left over: no rule of {source.family.architecture} "
+                "takes it"
             )
         if tensor.shape != shapes[name]:
             told = f"{list(tensor.shape)} and config.json makes it {list(shapes[name])}"

@@ -9,9 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,22 @@ from llm_jax.config import Config, DataConfig, DecoderConfig, PrecisionConfig, T
 from llm_jax.config.checks import MESH_AXES
 from llm_jax.convert import families, hub, reference, rules, safetensors, source
 from llm_jax.convert.family import Family, function_of
+from llm_jax.convert.progress import told
 from llm_jax.convert.rules import Move
 from llm_jax.convert.safetensors import Planned, Tensor
 from llm_jax.convert.source import Source
 from llm_jax.data import tokenizers
-from llm_jax.errors import ConfigError, DataError, Unproven, UserError
+from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
-from llm_jax.training import restore, run_folder
+from llm_jax.training import convert_check, restore, run_folder
 from llm_jax.training.streamed import StreamedCheckpoint, flush
 
 BESIDE = "hf"  # folder of a run: the files that lay beside the weights it was converted from
 NOTES = "llm_jax.json"  # there: architecture and dtypes of the source
 SHARD_BYTES = 5 * 10**9
-LINE_EVERY = 10.0  # seconds between lines of progress
+NOT_ASKED = reference.Missing("--no_check was given")
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 # ------------------------------------------------------------------------------------------- from the hub
@@ -77,10 +76,10 @@ def from_hub(
     with new_folder(to) as folder:
         write_parameters(folder, model, tensors, moves)
         describe(folder, cfg, model, found, tensors)
-        unproven = check_import(folder, found, model, tensors) if check else reference.Missing("--no_check was given")
+        unproven = convert_check.of_import(folder, found, model, tensors) if check else NOT_ASKED
     print(f"{to}: {found.family.title}, {registry.count_parameters(model.shapes()):,} parameters "
           f"({cfg.precision.params})", flush=True)  # fmt: skip
-    say_unproven(unproven)
+    convert_check.say_unproven(unproven)
 
 
 def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> Config:
@@ -210,9 +209,9 @@ def to_hub(
         write_config(folder, family, run.cfg.model, beside if same else None, most_frequent(list(dtypes.values())))
         write_tokenizer(folder, run.tokenizer, beside)
         leaf_dtypes = {slot.path: dtypes[move.theirs[0]] for move in moves for slot in move.ours}
-        unproven = check_export(folder, run, leaf_dtypes) if check else reference.Missing("--no_check was given")
+        unproven = convert_check.of_export(folder, run, leaf_dtypes) if check else NOT_ASKED
     print(f"{to}: {family.architecture} of step {run.step} of {workdir}", flush=True)
-    say_unproven(unproven)
+    convert_check.say_unproven(unproven)
 
 
 def files_beside(workdir: str, cfg: Config) -> Path | None:
@@ -303,70 +302,11 @@ def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ the check
-
-
-def check_import(
-    folder: Path, found: Source, model: registry.Model, tensors: dict[str, Tensor]
-) -> reference.Missing | None:
-    params = model.module.precision.params
-    narrowed = any(np.promote_types(tensor.dtype, params) != params for tensor in tensors.values())
-    count = registry.count_parameters(model.shapes())
-    theirs = reference.of_checkpoint(found.folder, count, params.name if narrowed else None)
-    if isinstance(theirs, reference.Missing):
-        return theirs
-    run = restore.restore(str(folder), overrides=["precision.compute=float32", "precision.products=native"])
-    print(reference.compare(logits(run, theirs), theirs), flush=True)
-    return None
-
-
-def check_export(folder: Path, run: restore.TrainedModel, dtypes: dict[str, str]) -> reference.Missing | None:
-    """What was written against the run's model, its parameters rounded to the `dtypes` in which they were written."""
-    theirs = reference.from_transformers(folder, registry.count_parameters(run.model.shapes()))
-    if isinstance(theirs, reference.Missing):
-        return theirs
-
-    def rounded(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtypes[path_name(path)]).astype(leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(rounded, run.params)
-    precision = dataclasses.replace(run.cfg.precision, compute="float32", products="native")
-    model = built(dataclasses.replace(run.cfg, precision=precision), run.model.module.layout)
-    ours = logits(dataclasses.replace(run, model=model, params=params), theirs)
-    print(reference.compare(ours, theirs), flush=True)
-    return None
-
-
-def logits(run: restore.TrainedModel, theirs: reference.Reference) -> np.ndarray:
-    """Our logits of the reference's prompts at its positions, (B, P, V) float32: products in full float32."""
-    layout = run.model.module.layout
-    rows, length = theirs.tokens.shape
-    parts = layout.activation_pieces("length")
-    wide = -(-length // parts) * parts  # causal: what is behind the prompt changes nothing
-    padded = np.zeros((rows, wide), np.int32)
-    padded[:, :length] = theirs.tokens
-    apply = jax.jit(lambda params, tokens: run.model.apply(params, tokens)[:, theirs.positions])
-    found = []
-    with jax.default_matmul_precision("highest"):
-        for row in padded:  # one prompt at a time, as often as the mesh splits the batch
-            several = np.repeat(row[None], layout.batch_shards, axis=0)
-            found.append(np.asarray(apply(run.params, several)[0]))
-    return np.stack(found)[..., : theirs.logits.shape[-1]].astype(np.float64)
-
-
-def say_unproven(missing: reference.Missing | None) -> None:
-    if missing is not None:
-        raise Unproven(
-            f"UNPROVEN: the logits were compared with nothing ({missing.reason}). It is kept. Install the extra `parity`, "
-            f"or put a stored reference beside the checkpoint (python -m llm_jax.convert.torch_reference FOLDER)"
-        )
-
-
 # --------------------------------------------------------------------------------------------------- dry run
 
 
 def mapping(name: str, *, overrides: Sequence[str] = (), dtype: str | None = None, revision: str | None = None) -> str:
-    """`--dry_run`: each of their tensors, what it becomes, shape, dtype and how the mesh splits it. Reads no weights."""
+    """`--dry_run`: each of their tensors, what it becomes, shape, dtype, how the mesh splits it. Reads no weights."""
     found = source.open_folder(hub.folder_of(name, revision, weights=False))
     try:
         tensors = found.tensors()
@@ -396,7 +336,8 @@ def table(
             place = slot.path + (str(list(slot.index)) if slot.index else "")
             lines.append((name, place, "x".join(map(str, slot.shape)), dtype, split_over(splits[slot.path])))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join("  ".join([f"{cell:<{w}}" for cell, w in zip(line, widths)] + [line[4]]).rstrip() for line in lines)
+    row = lambda line: [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)] + [line[4]]  # noqa: E731
+    return "\n".join("  ".join(row(line)).rstrip() for line in lines)
 
 
 def split_over(placed: jax.sharding.NamedSharding) -> str:
@@ -438,46 +379,3 @@ def new_folder(to: str) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"--to={to}: it could not be written ({error}); nothing was kept") from error
         raise
-
-
-@contextlib.contextmanager
-def told(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yields advance(bytes, tensors): a bar on a terminal, plain lines elsewhere."""
-    if sys.stderr.isatty():
-        with bar(title, total) as advance:
-            yield advance
-        return
-    last, done, tensors = time.monotonic(), 0, 0
-
-    def advance(more: int, more_tensors: int) -> None:
-        nonlocal last, done, tensors
-        done, tensors = done + more, tensors + more_tensors
-        if time.monotonic() - last >= LINE_EVERY:
-            last = time.monotonic()
-            print(f"{title}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {tensors:,} tensors", file=sys.stderr, flush=True)
-
-    yield advance
-
-
-@contextlib.contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TextColumn("{task.fields[tensors]} tensors"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task, tensors = shown.add_task(title, total=total, tensors=0), 0
-
-        def advance(more: int, more_tensors: int) -> None:
-            nonlocal tensors
-            tensors += more_tensors
-            shown.update(task, advance=more, tensors=tensors)
-
-        yield advance

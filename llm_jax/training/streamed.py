@@ -1,8 +1,9 @@
 """A checkpoint written slice by slice: no parameter is ever whole in memory.
 
 Each parameter is a zarr array in a folder of its own, cut into chunks that lie within one layer and one expert, so that
-a slice of it is a few files, which are written as they are in memory. When all are written, Orbax saves a checkpoint of the same names with one number each, and
-the finished arrays take the place of those: what surrounds them is Orbax's own, and it reads them like any others.
+a slice of it is a few files, which are written as they are in memory. When all are written, Orbax saves a checkpoint of
+the same names with one number each, and the finished arrays take the place of those: what surrounds them is Orbax's
+own, and it reads them like any others.
 """
 
 import dataclasses
@@ -96,7 +97,7 @@ class StreamedCheckpoint:
         # All is done on return: nothing holds on to `values`.
         for first, second, finite, count in self._pool.map(write_rows, range(0, room[0], rows)):
             if not finite:
-                raise DataError(f"{source} holds numbers that are not finite: it is damaged, or its training had failed")
+                raise DataError(f"{source} holds numbers that are not finite: it is damaged, or its training failed")
             written.first += first
             written.second += second
             written.count += count
