@@ -146,6 +146,7 @@ def write_rope(rope: Any) -> dict[str, Any]:
     if rope.scaling == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        betas = {"beta_fast": (rope.beta_fast, 32.0), "beta_slow": (rope.beta_slow, 1.0)}
+        scaling |= {name: value for name, (value, usual) in betas.items() if value != usual}
     partial = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
     return {"rope_theta": rope.base, "rope_scaling": scaling} | partial

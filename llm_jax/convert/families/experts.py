@@ -57,7 +57,6 @@ def write_qwen3_moe(cfg: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "intermediate_size": function_of(cfg).mlp_dim,
     }  # fmt: skip
 
 
