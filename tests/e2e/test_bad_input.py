@@ -152,7 +152,7 @@ KEYS = [
     (["mesh.parameter_rules=embed=fdsp"], ["fdsp"]),
     (["eval.batch_size=5"], ["eval.batch_size = 5"]),
     (["data.sequence_length=64"], ["data.sequence_length = 64", "model.max_length"]),
-    (["model.attention_kernel=cudnn"], ["model.attention_kernel = 'cudnn'"]),
+    (["model.attention_kernel=cudnn"], ["model.attention_kernel='cudnn'"]),
     (["model.attention_kernel=cudnn", "precision.compute=bfloat16"], ["model.attention_kernel='cudnn'", "cpu"]),
     (["model.attention_kernel=flash"], ["model.attention_kernel"]),
     (["optim.freeze=stak/.*"], ["optim.freeze", "stak/.*", "matches no parameter", "stack/"]),
