@@ -64,7 +64,7 @@ def test_the_readme_shows_the_commands_of_a_first_session():
     words = [shlex.split(command)[:2] for command in COMMANDS]
     assert [command[1] for command in words if command[0] == "./launch/local.sh"] == ["train", "test"]
     verbs = {command[1] for command in words if command[0] == "llm-jax"}
-    assert verbs == {"train", "generate", "evaluate", "export", "data", "doctor"}
+    assert verbs == {"train", "generate", "evaluate", "export", "data", "doctor", "convert"}
 
 
 def test_every_command_runs(folder, capsys):
