@@ -318,9 +318,16 @@ def abstract_layout(cfg: MeshConfig, num_devices: int, platform: str = "") -> La
     microbatches = stage_microbatches(cfg, mesh.shape["stage"])
     rules = (parameter_rules, gradient_rules, optimizer_rules, activation_rules)
     layout = Layout(mesh, *rules, microbatches, cfg.stage_repeats, platform)
+    for axis, mesh_axes in activation_rules:  # refused here, and not when the step is traced
+        if "stage" in mesh_axes and axis not in ("stage", "vocab"):
+            raise ConfigError(
+                f"mesh.activation_rules: {axis}={'+'.join(mesh_axes)} cannot be: within a stage of the pipeline "
+                "nothing is split over the mesh axis stage. Only vocab may be."
+            )
     for axes in (("heads", "head_dim"), ("kv_heads", "head_dim"), ("mlp",), ("vocab",)):
-        layout.spec(("batch", "length", *axes), activation_rules)  # refused here, and not when the step is traced
+        layout.spec(("batch", "length", *axes), activation_rules)
     layout.spec(("batch", "residual_length", "embed"), activation_rules)
+    layout.spec(("expert", "embed", "mlp"), activation_rules)
     return layout
 
 

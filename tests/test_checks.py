@@ -6,7 +6,7 @@ from llm_jax.config import Config, check, check_devices, check_vocab, config_nam
 from llm_jax.config.checks import run_steps
 from llm_jax.config.mesh import MESH_AXES, mesh_sizes
 from llm_jax.errors import ConfigError
-from llm_jax.training.restore import fitted
+from llm_jax.training.restore import fitted, splits_evenly
 
 BASE = ("train.steps=100",)
 
@@ -240,6 +240,21 @@ def test_what_does_not_fit_the_devices_is_refused(overrides, num_devices, words)
 )
 def test_what_fits_the_devices(overrides):
     check_devices(load("", overrides), 8)
+
+
+def test_rules_of_ones_own_are_left_to_the_layout():
+    """Which alone knows what they split: 257 ids over two stages, four heads beside eight devices."""
+    free = ["model.vocab_size=257", "mesh.stage=2", "mesh.parameter_rules=vocab=", "mesh.activation_rules=vocab="]
+    check(load("", [*BASE, *free]))
+    heads = "heads=", "kv_heads="
+    rules = [f"mesh.{kind}_rules={','.join(heads)}" for kind in ("parameter", "activation")]
+    check(load("", [*BASE, "mesh.tensor=8", *rules]))
+
+
+def test_parameters_that_do_not_split_over_the_devices_here():
+    sizes = ["model.embed_dim=12", "model.num_heads=2", "mesh.data=1", "mesh.fsdp=-1", "model.vocab_size=257"]
+    assert not splits_evenly(load("", sizes))
+    assert splits_evenly(load("", [*sizes, "model.embed_dim=16"]))
 
 
 def test_a_run_over_slices_is_restored_where_there_are_none(capsys):

@@ -301,6 +301,8 @@ def test_argument_for_a_config_without_one_is_refused(write):
 def test_configs_import_each_other_and_the_shipped_ones(write):
     import sys
 
+    ours = lambda: {name for name in sys.modules if name.partition(".")[0] == "configs"}  # noqa: E731
+    before = ours()  # of other tests, which import configs as a package
     write("base = dict(steps=9)", "configs/parts/shared.py")
     path = write(
         """
@@ -316,7 +318,7 @@ def test_configs_import_each_other_and_the_shipped_ones(write):
     )
     cfg = load(path)
     assert (cfg.name, cfg.train.steps) == ("quickstart", 9)
-    assert not [name for name in sys.modules if name.partition(".")[0] == "configs"]
+    assert ours() == before
 
 
 # -------------------------------------------------------------------------------------------- finding files

@@ -88,7 +88,7 @@ def test_describes_itself(capsys, tmp_path, spec):
     assert cli.main(["train", f"--config={spec}", f"--workdir={tmp_path}/run", "--dry_run", *overrides]) == 0
     out = capsys.readouterr().out
     assert f'"name": "{load(spec).name}"' in out
-    assert re.search(r"^[\d,]+ parameters; [\d,]+ tokens a step; \S+ FLOPs a step \(\d+% of them attention\); \w+ attention$", out, re.M)
+    assert re.search(r"^[\d,]+ parameters; [\d,]+ tokens a step; \S+ FLOPs a step \(\d+% of them attention\); \w+ attention \(\w+\)$", out, re.M)
     assert re.search(r"^mesh: stage \d+ x data \d+ x fsdp \d+ x expert \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
     assert re.search(r"^memory a device: [\d,.]+ MiB of state", out, re.M)
     assert not (tmp_path / "run").exists()

@@ -89,6 +89,8 @@ def test_bad_changes_are_refused_with_their_key(change, message):
         ("stage=", "mesh.stage alone"),
         ("length=sequence+tensor", "would be split over"),
         ("residual_length=data", "would be split over"),
+        ("heads=stage", "within a stage"),
+        ("expert=tensor", "would be split over"),
     ],
 )
 def test_rules_that_no_activation_could_follow_are_refused_at_once(change, message):

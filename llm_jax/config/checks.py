@@ -6,7 +6,7 @@
 import re
 from typing import Any
 
-from llm_jax.config.mesh import MESH_AXES, check_mesh, check_padded_vocab, check_splits, mesh_sizes
+from llm_jax.config.mesh import MESH_AXES, check_mesh, check_padded_vocab, check_splits, mesh_sizes, own_rules
 from llm_jax.config.resolve import to_dict
 from llm_jax.config.schema import (
     TOKEN_FORMATS,
@@ -232,7 +232,8 @@ def check_vocab(cfg: Config, tokenizer_vocab_size: int, num_devices: int | None 
             "model.vocab_size", vocab_size, reason, f"give 0 for the tokenizer's, or at least {tokenizer_vocab_size}"
         )
     known = {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}
-    check_padded_vocab(cfg.model, vocab_size, mesh_sizes(cfg.mesh, num_devices) if num_devices else known)
+    if "vocab" not in own_rules(cfg.mesh):
+        check_padded_vocab(cfg.model, vocab_size, mesh_sizes(cfg.mesh, num_devices) if num_devices else known)
     return vocab_size
 
 

@@ -58,13 +58,15 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     if not rest and fixed == num_devices:
         return sizes
     if rest:
-        reason = f"{shown} makes {fixed}, which does not divide the {num_devices} devices there are"
+        reason = f"{shown} makes {fixed}, which does not divide the {num_devices} devices there are, of which "
+        reason += f"mesh.{rest[0]} = -1 takes what is left"
     else:
         reason = f"{shown} makes {fixed} devices, and there are {num_devices}"
     sized = [axis for axis in reversed(MESH_AXES) if sizes[axis] > 1] or ["data"]
     fitting = {axis: fitting_sizes(fixed // sizes[axis], num_devices, bool(rest)) for axis in sized}
     axis = next((axis for axis in sized if fitting[axis]), sized[0])
     fix = f"set mesh.{axis}={' or '.join(map(str, fitting[axis]))}" if fitting[axis] else "make the sizes' product fit"
+    fix += f", or give mesh.{rest[0]} a size, to plan for other devices" if rest else f", or take {fixed} devices"
     raise refuse(f"mesh.{axis}", sizes[axis], reason, fix)
 
 
@@ -80,8 +82,8 @@ def fitting_sizes(others: int, num_devices: int, rest: bool) -> list[int]:
 def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
     """What each mesh axis splits has as many equal parts. `sizes` may hold -1, for what is not known yet."""
     if sizes["tensor"] > 1:
-        check_tensor_axis(cfg.model, sizes["tensor"])
-    if cfg.model.vocab_size:
+        check_tensor_axis(cfg.model, sizes["tensor"], own_rules(cfg.mesh))
+    if cfg.model.vocab_size and "vocab" not in own_rules(cfg.mesh):
         check_padded_vocab(cfg.model, cfg.model.vocab_size, sizes)
     if sizes["expert"] > 1:
         check_expert_axis(cfg.model, sizes["expert"])
@@ -90,6 +92,11 @@ def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
     if sizes["sequence"] > 1 and length % sizes["sequence"]:
         reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
         raise refuse("data.sequence_length", length, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
+
+
+def own_rules(mesh: MeshConfig) -> set[str]:
+    """The logical axes that the config itself says how to split; whether that fits, the layout sees."""
+    return {rule.partition("=")[0] for rule in (*mesh.parameter_rules, *mesh.activation_rules)}
 
 
 def check_expert_axis(model: DecoderConfig, expert: int) -> None:
@@ -127,12 +134,14 @@ def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
     return mesh.stage_microbatches or stages
 
 
-def check_tensor_axis(model: DecoderConfig, tensor: int) -> None:
-    """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts."""
-    mlp_dim = model.mlp_dim or 4 * model.embed_dim
-    for key, size in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads),
-                      ("mlp_dim", mlp_dim)):  # fmt: skip
-        if size % tensor:
+def check_tensor_axis(model: DecoderConfig, tensor: int, own: set[str]) -> None:
+    """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts, but for `own` rules."""
+    for key, axis, size in (
+        ("num_heads", "heads", model.num_heads),
+        ("num_kv_heads", "kv_heads", model.num_kv_heads or model.num_heads),
+        ("mlp_dim", "mlp", model.mlp_dim or 4 * model.embed_dim),
+    ):
+        if size % tensor and axis not in own:
             reason = f"it does not split over mesh.tensor = {tensor} devices"
             raise refuse(
                 f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor"
@@ -150,7 +159,7 @@ def check_padded_vocab(model: DecoderConfig, vocab_size: int, sizes: dict[str, i
             "model.vocab_multiple",
             model.vocab_multiple,
             f"it pads {vocab_size} tokens to {padded}, which does not split over {over} devices",
-            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, parts)}",
+            f"set model.vocab_multiple={math.lcm(model.vocab_multiple, parts)} (a new run), or other mesh sizes",
         )
 
 

@@ -155,8 +155,11 @@ def _unknown_key(key: str, value: Any) -> ConfigError:
     found = [ALIASES[leaf]] if leaf in ALIASES else []
     found += nearest(key, [name for name in keys if name.rpartition(".")[2] == leaf], cutoff=0.0)
     found = found or nearest(key, keys, cutoff=0.75) or [leaves[close] for close in nearest(leaf, leaves, cutoff=0.7)]
-    groups = ", ".join(field.name for field in dataclasses.fields(Config))
-    fix = f"did you mean {' or '.join(found)}?" if found else f"the keys and groups are {groups}"
+    group = str(key).rpartition(".")[0]
+    there = [name.removeprefix(f"{group}.") for name in keys if name.startswith(f"{group}.")]
+    names = there if group and there else [field.name for field in dataclasses.fields(Config)]
+    listed = f"the keys of {group} are" if group and there else "the keys and groups are"
+    fix = f"did you mean {' or '.join(found)}?" if found else f"{listed} {', '.join(names)}"
     return refuse(key, value, "there is no such key", fix)
 
 
@@ -274,6 +277,10 @@ def _run_file(path: str, arg: str) -> dict[str, Any]:
                 config = config.copy_and_resolve_references().to_dict()
         except ConfigError:
             raise
+        except ValueError as error:
+            if not arg:
+                raise ConfigError(_describe(error, path)) from error
+            raise ConfigError(f"--config={Path(path).stem}:{arg}: {error}") from error  # said of its argument
         except (Exception, SystemExit) as error:
             raise ConfigError(_describe(error, path)) from error
     if not isinstance(config, dict):

@@ -7,6 +7,7 @@ from typing import Any
 from llm_jax.config import Config
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import AttentionOptions, Kernel, why_not
+from llm_jax.kernels.split import Split
 from llm_jax.models.attention import attention_request, choose_kernel, platform
 from llm_jax.sharding import Layout
 
@@ -14,13 +15,14 @@ from llm_jax.sharding import Layout
 def check_attention(cfg: Config, layout: Layout) -> Kernel:
     """The back end of training. Raises ConfigError where it, or evaluation's, lacks something that is asked of it."""
     _asked(choose_kernel, cfg, layout, dropout=False)
+    Split.of(layout)  # one mesh axis alone may split the length
     return _asked(choose_kernel, cfg, layout, dropout=cfg.model.dropout.attention > 0)
 
 
 def attention_line(cfg: Config, layout: Layout) -> str:
     """The back end of training in words; where rows are split and it gathers them, why it is not ring attention."""
     kernel = check_attention(cfg, layout)
-    line = f"{kernel.name} attention"
+    line = f"{kernel.name} attention ({platform(layout)})"
     request: AttentionOptions = _asked(attention_request, cfg, layout, dropout=cfg.model.dropout.attention > 0)
     if request.split_length and not kernel.by_device:
         missing = ", ".join(why_not("ring", request, platform(layout)))

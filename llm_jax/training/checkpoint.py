@@ -1,7 +1,7 @@
 """Checkpoints on disk: saved while training goes on, checked when read, restored onto any mesh.
 
-Orbax writes and reads the arrays; this file and `streamed.py` alone import it. What it does not promise is added here: a
-fingerprint of every array (a flipped byte in an array file would otherwise be restored in silence), exact dtypes and
+Orbax writes and reads the arrays; this file and `streamed.py` alone import it. What it does not promise is added here:
+a fingerprint of every array (a flipped byte in an array file would otherwise be restored in silence), exact dtypes and
 keys, a fall-back to the checkpoint before a damaged one, and retention that survives damaged files.
 
     WORKDIR/checkpoints/<step>            a finished checkpoint

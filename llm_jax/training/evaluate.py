@@ -77,6 +77,9 @@ def make_evaluator(
       UserError: there is no validation split, or the batch does not divide over the mesh.
     """
     batch_size = cfg.eval.batch_size or cfg.train.global_batch_size // cfg.train.accumulation
+    if not cfg.eval.batch_size and not cfg.eval.batches:  # the whole set, whatever the batch: fill the mesh
+        pieces = layout.batch_shards * (layout.stage_microbatches if layout.stages > 1 else 1)
+        batch_size = -(-batch_size // pieces) * pieces
     if batch_size % layout.batch_shards:
         raise ConfigError(
             f"eval.batch_size={batch_size} does not divide over the {layout.batch_shards} parts of the mesh that "

@@ -13,7 +13,7 @@ import safetensors.flax
 
 from llm_jax import config, distributed, sharding
 from llm_jax.backend import start_backend
-from llm_jax.config import Config
+from llm_jax.config import Config, MeshConfig
 from llm_jax.config.mesh import MESH_AXES, check_splits, mesh_sizes
 from llm_jax.data import store, tokenizers
 from llm_jax.errors import ConfigError, DataError, UserError
@@ -53,7 +53,11 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     cfg = config.override(read_config(workdir), overrides)
     config.check(cfg)
     start_backend(cfg)  # 64 bits, where the run has them
-    cfg = fitted(cfg, fixed=any(item.startswith("mesh.") for item in overrides))
+    fixed = any(item.startswith("mesh.") for item in overrides)
+    cfg = fitted(cfg, fixed=fixed)
+    if not fixed and not splits_evenly(cfg):
+        cfg = with_mesh(cfg, "data")
+        print("note: the parameters do not split over the devices here; each holds all of them", file=sys.stderr)
     layout = sharding.make_layout(cfg.mesh)
     if not any(item.startswith("model.attention_kernel=") for item in overrides):
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention_kernel=fall_back(cfg, layout)))
@@ -84,10 +88,24 @@ def fitted(cfg: Config, *, fixed: bool) -> Config:
     except ConfigError as error:
         if fixed:
             raise
-        sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1}
-        mesh = dataclasses.replace(cfg.mesh, **sizes, across_slices=(), stage_microbatches=0, stage_repeats=1)
         print(f"note: the run's mesh does not fit here ({error}); using mesh.fsdp=-1", file=sys.stderr)
-        return dataclasses.replace(cfg, mesh=mesh)
+        return with_mesh(cfg, "fsdp")
+
+
+def with_mesh(cfg: Config, axis: str) -> Config:
+    """`cfg` with all devices on one axis of the mesh, and the usual rules."""
+    return dataclasses.replace(cfg, mesh=MeshConfig(**dict.fromkeys(MESH_AXES, 1) | {axis: -1}))
+
+
+def splits_evenly(cfg: Config) -> bool:
+    """Whether every parameter has as many equal parts as its rules ask for."""
+    layout = sharding.make_layout(cfg.mesh)
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    try:
+        layout.parameter_shardings(model.shapes(), model.axes())
+    except ConfigError:
+        return False
+    return True
 
 
 def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
