@@ -251,7 +251,6 @@ def test_zigzag_order_by_hand():
     assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     assert zigzag_order(8, 4).tolist() == [0, 7, 1, 6, 2, 5, 3, 4]
     assert zigzag_order(6, 1).tolist() == [0, 1, 2, 3, 4, 5]
-    assert zigzag_order(8, 2)[zigzag_inverse(8, 2)].tolist() == list(range(8))
     with pytest.raises(ConfigError, match="12 tokens .* multiple of 8"):
         zigzag_order(12, 4)
 

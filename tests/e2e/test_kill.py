@@ -44,6 +44,7 @@ def test_killed_at_random_steps_the_losses_are_the_same_bit_for_bit(uninterrupte
     assert runs.numbers(tmp_path) == runs.numbers(uninterrupted)
 
 
+@pytest.mark.slow
 def test_stopped_in_every_other_way_the_losses_are_the_same_bit_for_bit(uninterrupted, tmp_path):
     """SIGTERM, Ctrl-C, kill -9 in the middle of a save, two Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGINT):
