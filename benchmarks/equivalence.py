@@ -99,21 +99,25 @@ def read(path: Path, code: str) -> dict[str, dict[str, Any]]:
 def run_all(cells: list[Cell], path: Path, code: str, jobs: int) -> None:
     """Runs `cells` and adds a line for each to the results file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), prepare_worker, max_tasks_per_child=CELLS_A_WORKER
-    )
+    size = jobs * CELLS_A_WORKER
     with path.open("a", encoding="utf-8") as file, progress(len(cells)) as tell:
-        waiting = [pool.submit(run, cell) for cell in cells]
-        try:
-            for done in concurrent.futures.as_completed(waiting):
-                record = done.result() | {"code": code}
-                file.write(json.dumps(record) + "\n")
+        for first in range(0, len(cells), size):
+            for record in run_some(cells[first : first + size], jobs):
+                file.write(json.dumps(record | {"code": code}) + "\n")
                 file.flush()
                 tell(record)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise SystemExit("error: a worker process died; run again with --jobs=1 to see in which cell.") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+
+def run_some(cells: list[Cell], jobs: int) -> Iterator[dict[str, Any]]:
+    """In workers of their own; the executor's own way of replacing workers can stop for good (Python 3.12.1)."""
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare_worker)
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(run, cell) for cell in cells]):
+            yield done.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise SystemExit("error: a worker process died; run again with --jobs=1 to see in which cell.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_words(record: dict[str, Any]) -> str:
