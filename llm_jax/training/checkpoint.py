@@ -1,31 +1,25 @@
 """Checkpoints on disk: saved while training goes on, checked when read, restored onto any mesh.
 
-Orbax writes and reads the arrays; this file and `streamed.py` alone import it. What it does not promise is added here:
-a fingerprint of every array (a flipped byte in an array file would otherwise be restored in silence), exact dtypes and
-keys, a fall-back to the checkpoint before a damaged one, and retention that survives damaged files.
+Orbax writes and reads the arrays; this file, `arrays.py` and `streamed.py` alone import it. What it does not promise is
+added here: a fingerprint of every array (a flipped byte in an array file would otherwise be restored in silence), exact
+dtypes and keys, a fall-back to the checkpoint before a damaged one, and retention that survives damaged files.
 
     WORKDIR/checkpoints/<step>            a finished checkpoint
     WORKDIR/checkpoints/<step>.corrupt    one that was rejected and put aside
 """
 
-import contextlib
 import dataclasses
-import errno
-import gc
-import logging
 import math
 import os
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llm_jax import distributed
@@ -33,8 +27,9 @@ from llm_jax.config import CheckpointConfig
 from llm_jax.errors import CorruptCheckpointError, UserError
 from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
-from llm_jax.training.fingerprint import Arrays, fingerprint
-from llm_jax.training.record import DamagedCheckpoint, check_fit, make_record, read_record, root_cause, some
+from llm_jax.training.arrays import by_path, load, nested, rebuild
+from llm_jax.training.fingerprint import Arrays
+from llm_jax.training.record import DamagedCheckpoint, make_record, read_record, root_cause, some
 
 Tree = Any
 
@@ -66,126 +61,7 @@ def _loss(path: Path) -> float:
         return math.inf
 
 
-# ---------------------------------------------------------------------------------------- trees and arrays
-
-
-def _by_path(tree: Tree) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts: what is on disk depends on names alone, not on the classes of state and optimizer."""
-    root: dict[str, Any] = {}
-    for path, leaf in by_path.items():
-        *parents, name = path.split("/")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return root
-
-
-def _load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays at the paths of `abstract`, as it says, and the record.
-
-    Raises:
-      DamagedCheckpoint: unreadable, or a fingerprint differs. On every process where it is so on one.
-      UserError: another key, shape or dtype than was saved.
-    """
-    record, reason = {}, ""
-    try:
-        record = read_record(path)
-    except DamagedCheckpoint as error:
-        reason = str(error)
-    _agree(reason)
-    check_fit(path, record["arrays"], abstract, partial=partial)
-    placed = {
-        key: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        )
-        for key, x in abstract.items()
-    }
-    context = ocp.Context()
-    context.pytree_options.loading.partial_load = partial
-    with _quiet_libraries(), context:
-        try:
-            loaded = ocp.load_checkpointables(path, {"state": _nested(placed)})["state"]
-        except Exception as error:  # whatever Orbax makes of files that are not what it wrote
-            _reraise_if_environment(error)
-            reason = f"its arrays cannot be read ({root_cause(error)})"
-    _agree(reason)
-    arrays = _by_path(loaded)
-    found = fingerprint(arrays)
-    different = [key for key in placed if found[key] != record["arrays"][key]["fingerprint"]]
-    if different:
-        raise DamagedCheckpoint(f"{some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
-    return arrays, record
-
-
-def _agree(reason: str) -> None:
-    """Where one process has a reason to reject a checkpoint all do, before any goes on to a step that takes all."""
-    if not distributed.all_true(not reason):
-        raise DamagedCheckpoint(reason or "another process could not read it")
-
-
-@dataclasses.dataclass(frozen=True)
-class _WithoutLateTasks:
-    """Python's hook for errors that nothing catches, without those of reads that end after the load that gave up."""
-
-    hook: Callable[[Any], object]
-
-    def __call__(self, unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            self.hook(unraisable)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep Orbax's tasks from telling the same damage a dozen times over; what they leave behind is collected here."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that were never awaited
-            yield
-            gc.collect()
-    finally:
-        sys.unraisablehook = hook if isinstance(hook, _WithoutLateTasks) else _WithoutLateTasks(hook)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-ENVIRONMENT_ERRORS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-ENVIRONMENT_WORDS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-
-
-def _reraise_if_environment(error: BaseException) -> None:
-    """Too little memory or a file system that is away says nothing about a checkpoint: it must not be put aside."""
-    cause: BaseException | None = error
-    while cause is not None:
-        number = getattr(cause, "errno", None)
-        if (
-            isinstance(cause, MemoryError)
-            or number in ENVIRONMENT_ERRORS
-            or any(w in str(cause) for w in ENVIRONMENT_WORDS)
-        ):
-            raise error
-        cause = cause.__cause__
-
-
-def _rebuild(abstract: Tree, arrays: Arrays) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], abstract)
+# ------------------------------------------------------------------------------------------ parameters alone
 
 
 def restore_params(
@@ -203,7 +79,7 @@ def restore_params(
       UserError: there is no such checkpoint, or its parameters have other keys, shapes or dtypes.
       CorruptCheckpointError: it is damaged (of several: all are).
     """
-    abstract = {f"{name}/{key}": x for key, x in _by_path(abstract_params).items()}
+    abstract = {f"{name}/{key}": x for key, x in by_path(abstract_params).items()}
     _check_there(workdir, step)
     tried = [step] if step is not None else steps(workdir)[::-1]
     arrays, _, step = _load_newest(workdir, tried, abstract, partial=True)
@@ -231,7 +107,7 @@ def _load_newest(
     """Arrays, record and step of the first step of `tried` that is intact on every process."""
     for step in tried:
         try:
-            return *_load(_folder(workdir) / str(step), abstract, partial=partial), step
+            return *load(_folder(workdir) / str(step), abstract, partial=partial), step
         except DamagedCheckpoint as error:
             reason = str(error)
         (on_damage or _warn_of_damage(workdir))(step, reason)  # here, where the arrays of the failed load are free
@@ -324,12 +200,12 @@ class Checkpointer:
         self.wait()
         if any(checkpoint.step == step for checkpoint in self._orbax.checkpoints):
             return
-        arrays = _by_path(state)
+        arrays = by_path(state)
         record = make_record(step, arrays, data_state, metrics or {})
         self._losses[step] = record["record"]["metrics"].get("eval/loss", math.inf)
         self._saving = step
         with self._named_errors():
-            self._orbax.save_checkpointables_async(step, {"state": _nested(arrays)}, custom_metadata=record, force=True)
+            self._orbax.save_checkpointables_async(step, {"state": nested(arrays)}, custom_metadata=record, force=True)
 
     def wait(self) -> None:
         """Wait until the save in flight is on disk. Raises UserError where it could not be written."""
@@ -359,8 +235,8 @@ class Checkpointer:
           CorruptCheckpointError: it is damaged.
         """
         _check_there(self.workdir, step)
-        arrays, record, _ = _load_newest(self.workdir, [step], _by_path(abstract_state))
-        return _rebuild(abstract_state, arrays), record["data"]
+        arrays, record, _ = _load_newest(self.workdir, [step], by_path(abstract_state))
+        return rebuild(abstract_state, arrays), record["data"]
 
     def _put_aside(self, step: int, reason: str) -> None:
         """Rename a damaged checkpoint, so that training can pass and save its step again."""
@@ -474,8 +350,8 @@ def _whole_state(
     words: str,
     on_damage: Callable[[int, str], None] | None = None,
 ) -> Start:
-    arrays, record, step = _load_newest(workdir, there[::-1], _by_path(abstract_state), on_damage=on_damage)
-    return Start(_rebuild(abstract_state, arrays), record["data"], step, f"{words} step {step} of {workdir}")
+    arrays, record, step = _load_newest(workdir, there[::-1], by_path(abstract_state), on_damage=on_damage)
+    return Start(rebuild(abstract_state, arrays), record["data"], step, f"{words} step {step} of {workdir}")
 
 
 def _as_saved(workdir: str, abstract_params: Tree) -> Tree:

@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llm_jax.convert.safetensors import write_all
 from llm_jax.errors import DataError
-from llm_jax.training.checkpoint import _nested, _quiet_libraries
+from llm_jax.training.arrays import nested, quiet_libraries
 from llm_jax.training.record import sealed
 
 CHUNK_BYTES = 16 << 20
@@ -132,9 +132,9 @@ class StreamedCheckpoint:
         context = ocp.Context()
         context.array.saving.use_ocdbt = False
         context.array.saving.use_zarr3 = True
-        with _quiet_libraries(), context:
+        with quiet_libraries(), context:
             record = sealed(step, described, {}, {})
-            ocp.save_checkpointables(folder, {"state": _nested(ones)}, custom_metadata=record)
+            ocp.save_checkpointables(folder, {"state": nested(ones)}, custom_metadata=record)
         for path in self.shapes:
             place = folder / "state" / folder_name(path)
             shutil.rmtree(place)
