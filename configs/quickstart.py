@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
                 num_heads=4,
                 embed_dim=128,
                 max_length=256,
-                qk_norm=True,  # keeps the high learning rate stable
+                qk_norm="head",  # keeps the high learning rate stable
                 activation="gelu",
                 scan_layers=False,  # a small model runs faster with every layer compiled on its own
             ),

@@ -32,6 +32,7 @@ PARAMETER_RULES: Rules = (
     ("expert", ("expert",)),
     ("router", ()),
     ("layers", ("stage",)),
+    ("first_layers", ()),  # before the pipeline: every stage computes them
     ("position", ()),
     ("buckets", ()),
     ("head_dim", ()),

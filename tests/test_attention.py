@@ -16,6 +16,7 @@ from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask, causal_mask
 from llm_jax.models.attention import Attention, Shared, choose_kernel
+from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layers import Axes
 from llm_jax.models.positions import rotary_angles
 from llm_jax.precision import Precision
@@ -123,7 +124,7 @@ def multi_head_by_hand(cfg, params, x, seen, rotate=lambda x: x):
         return y.reshape(len(x), heads, size)
 
     query, key, value = project("query", cfg.num_heads), project("key", kv_heads), project("value", kv_heads)
-    if cfg.qk_norm:
+    if cfg.qk_norm == "head":
         rms = lambda y: np.sqrt((y**2).mean(-1, keepdims=True) + cfg.norm_eps)  # noqa: E731
         query = query / rms(query) * params["query_norm"]["scale"]
         key = key / rms(key) * params["key_norm"]["scale"]
@@ -144,14 +145,14 @@ def multi_head_by_hand(cfg, params, x, seen, rotate=lambda x: x):
         {"num_kv_heads": 2, "bias": "all"},
         {"num_kv_heads": 1, "bias": "qkv", "head_dim": 6},
         {"attention_softcap": 3.0, "attention_output_scale": 0.5},
-        {"qk_norm": True, "positions": "rotary"},
+        {"qk_norm": "head", "positions": "rotary"},
         {"attention_sinks": True, "num_kv_heads": 2},
     ],
     ids=str,
 )
 def test_multi_head_is_the_formula(x64, changes):
     cfg = DecoderConfig(embed_dim=16, num_heads=4, num_layers=2, **{"positions": "none", **changes})
-    layer = Attention(cfg, Layout(), Precision(jnp.dtype("float64"), jnp.dtype("float64")))
+    layer = Attention(cfg, Layout(), Precision(jnp.dtype("float64"), jnp.dtype("float64")), layer_kinds(cfg)[0])
     x, mask = normal(1, 2, 8, 16), causal_mask(8, jnp.asarray(SEGMENTS))
     positions = np.tile(np.arange(8), (2, 1))
     angles = rotary_angles(cfg.rope, 4, jnp.asarray(positions)) if cfg.positions == "rotary" else None
@@ -390,7 +391,8 @@ def test_the_layer_refuses_what_its_back_end_cannot_do():
 def choose(mesh=None, platform="cpu", dropout=False, cache=False, **changes):
     layout = Layout(platform=platform) if mesh is None else abstract_layout(mesh, 8, platform)
     request = dict(segments=True, length=16, dtype="bfloat16", dropout=dropout, cache=cache)
-    return choose_kernel(decoder(**changes), layout, **request).name
+    cfg = decoder(**changes)
+    return choose_kernel(cfg, layout, layer_kinds(cfg)[0], **request).name
 
 
 def test_the_kernel_is_known_from_config_and_mesh():

@@ -239,9 +239,9 @@ def test_families_say_what_they_can():
     for changes, architecture in (
         (dict(sliding_window=8), "MistralForCausalLM"),
         (dict(bias="qkv"), "Qwen2ForCausalLM"),
-        (dict(qk_norm=True), "Qwen3ForCausalLM"),
+        (dict(qk_norm="head"), "Qwen3ForCausalLM"),
         (dict(moe=MoEConfig(num_experts=4)), "MixtralForCausalLM"),
-        (dict(moe=MoEConfig(num_experts=4, renormalize=False), qk_norm=True), "Qwen3MoeForCausalLM"),
+        (dict(moe=MoEConfig(num_experts=4, renormalize=False), qk_norm="head"), "Qwen3MoeForCausalLM"),
         (dict(positions="learned", norm="layernorm", activation="gelu", bias="all"), "GPT2LMHeadModel"),
     ):
         cfg = DecoderConfig(vocab_size=30, **changes)

@@ -31,6 +31,8 @@ LLAMA3 = dict(rope=dict(scaling="llama3", factor=4.0, original_length=16, low_fr
 LEARNED = dict(positions="learned")
 RELATIVE = dict(positions="relative", relative_buckets=8, relative_max_distance=12)
 EXPERTS = dict(moe=dict(num_experts=4, top_k=2))
+GROUPS = dict(moe=dict(num_experts=4, top_k=2, groups=2))
+LATENT = dict(latent=dict(kv_rank=8, rope_dim=2))
 SAVE = dict(remat="names", remat_save=("query",))
 
 # key: (config it is changed in, new value, what changes)
@@ -57,17 +59,26 @@ KEYS = {
     "rope.high_freq_factor": (LLAMA3, 8.0, "frequencies"),
     "rope.beta_fast": (ROTARY, 5.0, "frequencies"),
     "rope.beta_slow": (ROTARY, 0.1, "frequencies"),
+    "rope.truncate": (ROTARY, False, "frequencies"),
+    "rope.attention_factor": (ROTARY, 0.5, "frequencies"),
     "relative_buckets": (RELATIVE, 6, "parameters"),
     "relative_max_distance": (RELATIVE, 6, "loss"),
     "norm": ({}, "layernorm", "loss"),
     "norm_eps": ({}, 0.5, "loss"),
-    "norm_scale": ({}, False, "parameters"),
+    "norm_scale": ({}, "zero", "loss"),
     "norm_placement": ({}, "post", "parameters"),
     "activation": ({}, "geglu", "loss"),
     "bias": ({}, "qkv", "parameters"),
     "tie_embeddings": ({}, False, "parameters"),
     "embedding_scale": ({}, True, "loss"),
-    "qk_norm": ({}, True, "parameters"),
+    "qk_norm": ({}, "head", "parameters"),
+    "attention_scale": ({}, 1.0, "loss"),
+    "layer_pattern": (dict(sliding_window=2), ("window", "full"), "loss"),
+    "window_rope_base": (dict(sliding_window=3), 50.0, "loss"),
+    "latent.kv_rank": ({}, 8, "parameters"),
+    "latent.query_rank": (LATENT, 6, "parameters"),
+    "latent.rope_dim": (LATENT, 6, "parameters"),
+    "latent.value_dim": (LATENT, 6, "parameters"),
     "attention_softcap": ({}, 1.0, "loss"),
     "logits_softcap": ({}, 1.0, "loss"),
     "sliding_window": ({}, 2, "loss"),
@@ -75,6 +86,15 @@ KEYS = {
     "attention_sinks": ({}, True, "parameters"),
     "moe.num_experts": ({}, 4, "parameters"),
     "moe.top_k": (EXPERTS, 3, "loss"),
+    "moe.expert_dim": (EXPERTS, 12, "parameters"),
+    "moe.shared_dim": (EXPERTS, 12, "parameters"),
+    "moe.dense_layers": (EXPERTS, 1, "parameters"),
+    "moe.scores": (EXPERTS, "sigmoid", "loss"),
+    "moe.groups": (GROUPS, 1, "loss"),
+    "moe.top_groups": (GROUPS, 2, "loss"),
+    "moe.scale": (EXPERTS, 2.0, "loss"),
+    "moe.router_bias": (EXPERTS, True, "parameters"),
+    "moe.balance_bias": (EXPERTS, True, "parameters"),
     "moe.renormalize": (EXPERTS, False, "loss"),
     "moe.capacity_factor": (EXPERTS, 0.5, "loss"),
     "dropout.embedding": ({}, 0.5, "loss"),
@@ -98,6 +118,14 @@ CHOICES = [  # the other values of keys with several
     ("activation", dict(activation="gelu"), "gelu_tanh", "loss"),
     ("activation", dict(activation="gelu"), "relu", "loss"),
     ("bias", {}, "all", "parameters"),
+    ("bias", {}, "attention", "parameters"),
+    ("norm_scale", {}, "none", "parameters"),
+    ("norm_placement", {}, "sandwich", "parameters"),
+    ("norm_placement", {}, "output", "loss"),
+    ("norm_placement", {}, "parallel", "loss"),
+    ("qk_norm", dict(qk_norm="head"), "all", "parameters"),
+    ("layer_pattern", {}, ("full", "full_without_positions"), "loss"),
+    ("activation", {}, "clamped_swiglu", "loss"),
     ("bias", dict(norm="layernorm", bias="qkv"), "all", "parameters"),
     ("remat", dict(remat="full"), "dots", "program"),
     ("remat", dict(remat="dots"), "dots_no_batch", "program"),
@@ -122,7 +150,7 @@ def leaf_keys(cls, prefix=""):
 
 
 def test_every_key_has_a_case():
-    objective = {"moe.balance_loss", "moe.router_z_loss"}  # test_keys.py
+    objective = {"moe.balance_loss", "moe.router_z_loss", "moe.balance_rate"}  # test_keys.py
     assert KEYS.keys() | {"family"} | objective == set(leaf_keys(DecoderConfig))
 
 
@@ -288,7 +316,7 @@ def test_training_flops_counted_by_hand():
     windowed = training_flops(dataclasses.replace(model.cfg, sliding_window=4), model.shapes(), model.axes(), 12)
     assert windowed.attention == 12 * 2 * 16 * (1 + 2 + 3 + 9 * 4) / 12
     assert windowed.total == windowed.matrices + windowed.attention
-    everything = build(decoder(num_kv_heads=2, tie_embeddings=False, bias="all", positions="learned", qk_norm=True))
+    everything = build(decoder(num_kv_heads=2, tie_embeddings=False, bias="all", positions="learned", qk_norm="head"))
     untied = training_flops(everything.cfg, everything.shapes(), everything.axes(), 12)
     assert untied.matrices == found.matrices  # tables are looked up, vectors are not products
 
@@ -331,7 +359,7 @@ def assert_all_used(gradient):
 
 def test_every_parameter_is_used():
     cfg = decoder(
-        positions="relative", relative_buckets=6, relative_max_distance=8, qk_norm=True, tie_embeddings=False,
+        positions="relative", relative_buckets=6, relative_max_distance=8, qk_norm="head", tie_embeddings=False,
         bias="qkv", norm_placement="post", activation="gelu_tanh", num_kv_heads=2,
     )  # fmt: skip
     assert_all_used(value_and_gradient(cfg, numbers(build(cfg)), packed(2, 12))[1])

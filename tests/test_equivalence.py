@@ -112,7 +112,7 @@ ZERO_2 = (*ZERO_1, "mesh.gradient_rules=embed=fsdp")
 MODELS = {
     "gpt2": ("positions=learned", "norm=layernorm", "bias=all", "activation=gelu", "tie_embeddings=False",
              "remat=full"),
-    "t5": ("positions=relative", "relative_buckets=8", "relative_max_distance=16", "qk_norm=True", "remat=dots"),
+    "t5": ("positions=relative", "relative_buckets=8", "relative_max_distance=16", "qk_norm=head", "remat=dots"),
     "windows": ("sliding_window=5", "attention_sinks=True", "attention_softcap=3.0", "logits_softcap=5.0",
                 "remat=names", "remat_save=query,mlp_up"),
     "2017": ("norm_placement=post", "positions=sinusoidal", "embedding_scale=True", "bias=qkv", "remat=dots_no_batch"),

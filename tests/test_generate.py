@@ -57,7 +57,7 @@ def by_full_passes(model, params, prompts, count):
         dict(positions="learned", norm="layernorm", bias="all", activation="gelu"),
         dict(positions="sinusoidal", num_kv_heads=1, vocab_multiple=32),
         dict(positions="relative", relative_buckets=8, relative_max_distance=12),
-        dict(positions="none", sliding_window=3, qk_norm=True),
+        dict(positions="none", sliding_window=3, qk_norm="head"),
         dict(sliding_window=4, scan_layers=False, attention_kernel="xla"),
     ],
     ids=str,

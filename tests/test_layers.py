@@ -45,7 +45,7 @@ def test_norms_are_their_formulas(x64, kind, shape):
     params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
     out = Norm(kind, 1e-2, FLOAT64, use_bias=True).apply({"params": params}, jnp.asarray(x))
     np.testing.assert_allclose(out, norm_by_hand(kind, x, 1e-2, scale, bias), rtol=0, atol=1e-12)
-    out = Norm(kind, 1e-2, FLOAT64, use_scale=False).apply({"params": {}}, jnp.asarray(x))
+    out = Norm(kind, 1e-2, FLOAT64, scale="none").apply({"params": {}}, jnp.asarray(x))
     np.testing.assert_allclose(out, norm_by_hand(kind, x, 1e-2), rtol=0, atol=1e-12)
 
 
@@ -53,7 +53,7 @@ def test_norms_are_their_formulas(x64, kind, shape):
 def test_norms_in_bfloat16_take_statistics_in_float32(kind):
     """The mean square of 4096 numbers added up in bfloat16 would be off by several percent."""
     x = jnp.asarray(100 + normal(1, 1, 4096), jnp.bfloat16)
-    out = Norm(kind, 1e-5, Precision(), use_scale=False).apply({"params": {}}, x)
+    out = Norm(kind, 1e-5, Precision(), scale="none").apply({"params": {}}, x)
     assert out.dtype == jnp.bfloat16
     expected = norm_by_hand(kind, np.asarray(x, np.float64), 1e-5)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=0.005, atol=1e-4)

@@ -12,6 +12,7 @@ from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers, pack
 
 from llm_jax.config.pipeline import bubble, check_pipeline
 from llm_jax.errors import ConfigError
+from llm_jax.models.kinds import LayerKind
 from llm_jax.models.pipeline import pipeline
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.sharding import Layout
@@ -27,10 +28,10 @@ POLICIES = {
 }
 
 
-def toy_block(layout, params, x, key, shared):
+def toy_block(layout, kind, params, x, key, shared):
     """Reads all that a block can: each row's and the whole batch's numbers, a key, parameters; and counts something."""
     h = jnp.einsum("btd,df->btf", x * shared["gain"][:, None, None] + shared["place"][None, :, None], params["up"])
-    h = layout(jnp.tanh(h), "batch", "length", "mlp")
+    h = layout(jnp.sin(h) if kind.window else jnp.tanh(h), "batch", "length", "mlp")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, shared["number"])
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, h.shape[1:]))(keys)
     h = jnp.where(keep, h, 0)
@@ -58,27 +59,30 @@ def results(stack, arrays, numbers, d_out):
     return out, pull(d_out)
 
 
-def loop(keys):
+def loop(keys, kinds):
     """The reference: one layer after the other, without a mesh."""
 
     def stack(params, x, shared):
-        def layer(x, params_and_key):
-            return toy_block(Layout(), params_and_key[0], x, params_and_key[1], shared)
+        def layer(kind, x, params_and_key):
+            return toy_block(Layout(), kind, params_and_key[0], x, params_and_key[1], shared)
 
-        x, routings = jax.lax.scan(layer, x, (params, keys))
-        return x, jax.tree.map(lambda parts: parts.sum(0), routings)
+        routings = []
+        for i, kind in enumerate(kinds):
+            x, routing = layer(kind, x, jax.tree.map(lambda a: a[i], (params, keys)))  # noqa: B023
+            routings.append(routing)
+        return x, jax.tree.map(lambda *parts: sum(parts), *routings)
 
     return stack
 
 
-def piped(keys, layout, stages, repeats, microbatches, remat="full"):
+def piped(keys, kinds, layout, stages, repeats, microbatches, remat="full"):
     block, policy = functools.partial(toy_block, layout), POLICIES[remat]
     if policy is not None:
-        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        block = jax.checkpoint(block, policy=policy, prevent_cse=False, static_argnums=0)
     sizes = dict(stages=stages, repeats=repeats, microbatches=microbatches)
 
     def stack(params, x, shared):
-        return pipeline(block, params, x, keys, shared, batched=BATCHED, policy=policy, layout=layout, **sizes)
+        return pipeline(block, kinds, params, x, keys, shared, batched=BATCHED, policy=policy, layout=layout, **sizes)
 
     return stack
 
@@ -89,7 +93,8 @@ def case(stages, repeats, microbatches, depth=1, remat="full", **mesh):
     layers, rows = stages * repeats * depth, 2 * microbatches * layout.batch_shards
     arrays, d_out = draw(layers, rows)
     keys, numbers = jax.random.split(jax.random.key(1), layers), np.arange(rows)
-    expected = jax.jit(functools.partial(results, loop(keys)), compiler_options=QUICK)(arrays, numbers, d_out)
+    kinds = [LayerKind(window=layer % depth == 1) for layer in range(layers)]
+    expected = jax.jit(functools.partial(results, loop(keys, kinds)), compiler_options=QUICK)(arrays, numbers, d_out)
 
     def put(array, axes, rules):
         return jax.device_put(array, NamedSharding(layout.mesh, layout.spec(axes, rules)))
@@ -97,7 +102,7 @@ def case(stages, repeats, microbatches, depth=1, remat="full", **mesh):
     params, x, shared = arrays
     params = {name: put(params[name], AXES[name], layout.parameter_rules) for name in params}
     x = put(x, ("batch", "residual_length", "embed"), layout.activation_rules)
-    step = jax.jit(functools.partial(results, piped(keys, layout, stages, repeats, microbatches, remat)))
+    step = jax.jit(functools.partial(results, piped(keys, kinds, layout, stages, repeats, microbatches, remat)))
     compiled = step.lower((params, x, shared), numbers, d_out).compile(compiler_options=QUICK)
     return compiled.as_text(), compiled((params, x, shared), numbers, d_out), expected
 
@@ -166,24 +171,25 @@ def test_without_a_mesh(x64):
     def run(stack):
         return jax.jit(functools.partial(results, stack), compiler_options=QUICK)(arrays, numbers, d_out)
 
-    assert_equal(run(piped(keys, Layout(), 2, 2, 3)), run(loop(keys)))
+    kinds = [LayerKind(window=layer % 2 == 1) for layer in range(8)]
+    assert_equal(run(piped(keys, kinds, Layout(), 2, 2, 3)), run(loop(keys, kinds)))
 
 
 def test_blocks_without_statistics_or_keys(x64):
     arrays, (d_out, _) = draw(4, 4)
     layout = mesh_layout(stage=2)
 
-    def block(params, x, key, shared):
+    def block(kind, params, x, key, shared):
         assert key is None
         return jnp.tanh(x @ params["up"]) @ params["down"], None
 
     def stack(params, x, shared):
         sizes = dict(stages=2, repeats=1, microbatches=2)
-        return pipeline(block, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
+        return pipeline(block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
 
     def reference(params, x, shared):
         for layer in range(4):
-            x, _ = block(jax.tree.map(lambda p: p[layer], params), x, None, None)  # noqa: B023
+            x, _ = block(None, jax.tree.map(lambda p: p[layer], params), x, None, None)  # noqa: B023
         return x, None
 
     def run(stack):
@@ -197,12 +203,12 @@ def test_idle_turns_compute_on_real_rows(x64):
     arrays, (d_out, _) = draw(4, 6)
     layout = mesh_layout(stage=4)
 
-    def block(params, x, key, shared):
+    def block(kind, params, x, key, shared):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True) + x @ params["up"] @ params["down"], None
 
     def stack(params, x, shared):
         sizes = dict(stages=4, repeats=1, microbatches=3)
-        return pipeline(block, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
+        return pipeline(block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
 
     run = jax.jit(functools.partial(results, stack), compiler_options=QUICK)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(arrays, np.arange(6), (d_out, None))))
@@ -251,7 +257,7 @@ def test_no_turn_keeps_parameters(x64, repeats, remat):
     stages, microbatches, depth = 2, 4, 3
     arrays, _ = draw(stages * repeats * depth, 8)
     keys = jax.random.split(jax.random.key(1), stages * repeats * depth)
-    stack = piped(keys, mesh_layout(stage=stages), stages, repeats, microbatches, remat)
+    stack = piped(keys, [LayerKind()] * len(keys), mesh_layout(stage=stages), stages, repeats, microbatches, remat)
     run = lambda params, x, shared: stack(params, x, shared | {"number": np.arange(8)})  # noqa: E731
     kept = jax.eval_shape(lambda *arrays: jax.vjp(run, *arrays)[1], *arrays)
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]

@@ -21,7 +21,7 @@ from llm_jax.training import optim, step
 from llm_jax.training import state as train_state
 
 MISSING = importlib.util.find_spec("qwix") is None
-CFG = decoder(num_heads=8, head_dim=4, num_kv_heads=4, mlp_dim=32, vocab_multiple=32, qk_norm=True)
+CFG = decoder(num_heads=8, head_dim=4, num_kv_heads=4, mlp_dim=32, vocab_multiple=32, qk_norm="head")
 WITHOUT_SCAN = dataclasses.replace(CFG, scan_layers=False)
 ROWS, LENGTH = 8, 8
 

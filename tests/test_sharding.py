@@ -280,7 +280,7 @@ def test_specs_of_a_whole_model():
     "changes",
     [
         {},
-        dict(scan_layers=False, qk_norm=True, num_kv_heads=2),
+        dict(scan_layers=False, qk_norm="head", num_kv_heads=2),
         dict(positions="relative", norm_placement="post"),
     ],
     ids=str,

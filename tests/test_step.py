@@ -25,7 +25,7 @@ CONFIGS = {
     ),
     "relative": decoder(
         num_heads=8, head_dim=4, num_kv_heads=4, mlp_dim=32, vocab_multiple=32, positions="relative",
-        relative_buckets=8, relative_max_distance=16, tie_embeddings=False, qk_norm=True, scan_layers=False,
+        relative_buckets=8, relative_max_distance=16, tie_embeddings=False, qk_norm="head", scan_layers=False,
     ),
 }  # fmt: skip
 

@@ -85,7 +85,7 @@ def rotary() -> ConfigDict:
             model=dict(
                 positions="rotary",
                 norm="rmsnorm",
-                norm_scale=False,
+                norm_scale="none",
                 norm_eps=1e-6,
                 activation="gelu",
                 attention_output_scale=(2 * 12) ** -0.5,  # in place of a smaller start

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
                 num_heads=4,
                 num_kv_heads=2,
                 max_length=64,
-                qk_norm=True,
+                qk_norm="head",
                 dropout=dict(embedding=0.1, attention=0.1, attention_output=0.1, mlp_output=0.1),
             ),
             data=dict(

@@ -13,13 +13,16 @@ from llm_jax.config.resolve import (
 )
 from llm_jax.config.schema import (
     CheckpointConfig,
+    ColumnsConfig,
     Config,
     DataConfig,
     DecoderConfig,
     DropoutConfig,
     EvalConfig,
     GenerateConfig,
+    LatentConfig,
     LogConfig,
+    MaskingConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -28,4 +31,5 @@ from llm_jax.config.schema import (
     RopeConfig,
     SourceConfig,
     TrainConfig,
+    TransformerConfig,
 )

@@ -9,13 +9,15 @@ from typing import Any
 from llm_jax.config.mesh import MESH_AXES, check_mesh, check_padded_vocab, check_splits, mesh_sizes, own_rules
 from llm_jax.config.resolve import to_dict
 from llm_jax.config.schema import (
+    LAYER_KINDS,
     TOKEN_FORMATS,
     Config,
     DataConfig,
-    DecoderConfig,
+    LatentConfig,
     MoEConfig,
     OptimConfig,
     SourceConfig,
+    TransformerConfig,
 )
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
@@ -33,6 +35,8 @@ ONLY_WITH = (
     ("model.rope.high_freq_factor", "model.rope.scaling", ("llama3",)),
     ("model.rope.beta_fast", "model.rope.scaling", ("yarn",)),
     ("model.rope.beta_slow", "model.rope.scaling", ("yarn",)),
+    ("model.rope.truncate", "model.rope.scaling", ("yarn",)),
+    ("model.rope.attention_factor", "model.rope.scaling", ("yarn",)),
     ("model.relative_buckets", "model.positions", ("relative",)),
     ("model.relative_max_distance", "model.positions", ("relative",)),
     ("model.init_std", "model.init", ("normal",)),
@@ -41,8 +45,8 @@ ONLY_WITH = (
     ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
     ("model.remat_save", "model.remat", ("names",)),
 )
-GATED = ("swiglu", "geglu")
-NEEDS_EXPERTS = ("top_k", "renormalize", "capacity_factor", "balance_loss", "router_z_loss")
+GATED = ("swiglu", "geglu", "clamped_swiglu")
+NEEDS_LATENT = ("query_rank", "rope_dim", "value_dim")
 
 
 def check(cfg: Config) -> None:
@@ -118,7 +122,7 @@ def run_steps(cfg: Config) -> int | None:
 # ---------------------------------------------------------------------------------------------------- model
 
 
-def check_model(model: DecoderConfig) -> None:
+def check_model(model: TransformerConfig) -> None:
     if not model.head_dim and model.embed_dim % model.num_heads:
         reason = f"it does not split into model.num_heads = {model.num_heads} heads"
         raise refuse(
@@ -136,14 +140,16 @@ def check_model(model: DecoderConfig) -> None:
             f"give one of {', '.join(map(str, divisors(model.num_heads)))}",
         )
     check_positions(model)
+    check_pattern(model)
+    check_latent(model)
     check_experts(model)
     check_remat(model)
-    if model.bias == "all" and model.norm == "layernorm" and not model.norm_scale:
+    if model.bias == "all" and model.norm == "layernorm" and model.norm_scale == "none":
         raise refuse(
             "model.norm_scale",
-            False,
+            "none",
             "model.bias = 'all' asks for a bias in each LayerNorm",
-            "set norm_scale=True, or bias=qkv or none",
+            "set norm_scale=one, or bias=attention, qkv or none",
         )
     if model.padded_vocab_in_softmax and model.vocab_multiple == 1:
         raise refuse(
@@ -154,7 +160,57 @@ def check_model(model: DecoderConfig) -> None:
         )
 
 
-def check_experts(model: DecoderConfig) -> None:
+def check_pattern(model: TransformerConfig) -> None:
+    """`layer_pattern` reads as kinds of layers, and the window is one that some layers have."""
+    pattern, window = model.layer_pattern, model.sliding_window
+    for word in pattern:
+        if word not in LAYER_KINDS:
+            listed = f"it can be {', '.join(LAYER_KINDS)}"
+            reason = "there is no such kind of layer"
+            raise refuse("model.layer_pattern", word, reason, did_you_mean(word, LAYER_KINDS, listed))
+    if "window" in pattern and not window:
+        reason = "model.sliding_window is 0, so there is no window"
+        raise refuse("model.layer_pattern", ",".join(pattern), reason, "set model.sliding_window")
+    if pattern and window and "window" not in pattern:
+        reason = "no layer of model.layer_pattern has the window"
+        raise refuse("model.sliding_window", window, reason, "set it 0, or name window in model.layer_pattern")
+    if model.num_layers < len(pattern):
+        reason = f"model.num_layers = {model.num_layers} layers do not reach its end"
+        raise refuse("model.layer_pattern", ",".join(pattern), reason, "give the kinds of those layers alone")
+    if "full_without_positions" in pattern and model.positions != "rotary":
+        reason = f"model.positions = {model.positions} are added below all layers, or to all scores"
+        raise refuse("model.layer_pattern", ",".join(pattern), reason, "set model.positions=rotary")
+    if model.window_rope_base and (model.positions != "rotary" or not window):
+        reason = "no layer has both a window and rotary positions"
+        fix = "leave it 0, or set model.sliding_window and model.positions=rotary"
+        raise refuse("model.window_rope_base", model.window_rope_base, reason, fix)
+
+
+def check_latent(model: TransformerConfig) -> None:
+    latent, default = model.latent, LatentConfig()
+    if not latent.kv_rank:
+        for name in NEEDS_LATENT:
+            if getattr(latent, name) != getattr(default, name):
+                reason = "model.latent.kv_rank is 0, so attention is not latent"
+                fix = "set model.latent.kv_rank, or leave this out"
+                raise refuse(f"model.latent.{name}", getattr(latent, name), reason, fix)
+        return
+    if latent.rope_dim % 2:
+        raise refuse("model.latent.rope_dim", latent.rope_dim, "rotary positions turn pairs", "give an even number")
+    for key, value, needed in (
+        ("positions", model.positions, ("rotary",)),
+        ("qk_norm", model.qk_norm, ("none",)),
+        ("num_kv_heads", model.num_kv_heads, (0, model.num_heads)),
+        ("rope.fraction", model.rope.fraction, (1.0,)),
+        ("bias", model.bias, ("none",)),
+        ("attention_sinks", model.attention_sinks, (False,)),
+    ):
+        if value not in needed:
+            reason = f"model.latent.kv_rank = {latent.kv_rank} makes attention latent, which has no such form"
+            raise refuse(f"model.{key}", value, reason, f"set {key.rpartition('.')[2]}={needed[0]}")
+
+
+def check_experts(model: TransformerConfig) -> None:
     moe, default = model.moe, MoEConfig()
     if moe.num_experts and moe.top_k > moe.num_experts:
         reason = f"a token cannot go to more than model.moe.num_experts = {moe.num_experts} experts"
@@ -162,14 +218,13 @@ def check_experts(model: DecoderConfig) -> None:
     if moe.num_experts and moe.top_k == 1 and moe.renormalize:
         reason = "with model.moe.top_k = 1 the weight would always be 1, and the loss could not train the router"
         raise refuse("model.moe.renormalize", True, reason, "set renormalize=False (Switch), or top_k=2")
-    for name in NEEDS_EXPERTS:
-        value = getattr(moe, name)
+    for name, value in vars(moe).items():
         if not moe.num_experts and value != getattr(default, name):
             reason = "model.moe.num_experts is 0, so there are no experts"
             raise refuse(f"model.moe.{name}", value, reason, "set model.moe.num_experts, or leave this out")
 
 
-def check_remat(model: DecoderConfig) -> None:
+def check_remat(model: TransformerConfig) -> None:
     absent = {} if model.activation in GATED else {"mlp_gate": f"model.activation = {model.activation} has no gate"}
     if model.moe.num_experts:
         absent = dict.fromkeys(("mlp_gate", "mlp_up"), "experts have no such tensors: their products keep their inputs")
@@ -188,7 +243,7 @@ def check_remat(model: DecoderConfig) -> None:
         raise refuse("model.remat", "names", "model.remat_save names nothing to keep", "set it, or remat=full")
 
 
-def check_positions(model: DecoderConfig) -> None:
+def check_positions(model: TransformerConfig) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rotary":
         rotated = head_dim * model.rope.fraction

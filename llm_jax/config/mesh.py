@@ -3,7 +3,7 @@
 import math
 
 from llm_jax.config.pipeline import check_pipeline
-from llm_jax.config.schema import Config, DecoderConfig, MeshConfig
+from llm_jax.config.schema import Config, TransformerConfig, MeshConfig
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
@@ -99,7 +99,7 @@ def own_rules(mesh: MeshConfig) -> set[str]:
     return {rule.partition("=")[0] for rule in (*mesh.parameter_rules, *mesh.activation_rules)}
 
 
-def check_expert_axis(model: DecoderConfig, expert: int) -> None:
+def check_expert_axis(model: TransformerConfig, expert: int) -> None:
     experts = model.moe.num_experts
     if not experts:
         reason = "model.moe.num_experts is 0, so there is nothing for this axis to split"
@@ -122,7 +122,9 @@ def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
     rows = cfg.train.global_batch_size // cfg.train.accumulation
     if -1 in shards:  # this rest cannot be told yet: any number of rows would do
         shards, rows = [1], microbatches
-    check_pipeline(cfg.model.num_layers, stages, mesh.stage_repeats, microbatches, rows, math.prod(shards))
+    layers = cfg.model.num_layers - cfg.model.moe.dense_layers  # those come before the pipeline
+    check_pipeline(layers, stages, mesh.stage_repeats, microbatches, rows, math.prod(shards))
+    check_stage_pattern(cfg.model, stages * mesh.stage_repeats)
     parts = math.prod(shards) * microbatches
     if stages > 1 and cfg.eval.batch_size % parts:
         reason = f"it does not split into {parts} equal parts: {microbatches} pieces on each part of the batch"
@@ -130,16 +132,33 @@ def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
         raise refuse("eval.batch_size", cfg.eval.batch_size, reason, fix)
 
 
+def check_stage_pattern(model: TransformerConfig, pieces: int) -> None:
+    """One program computes all stages, so their layers are of the same kinds."""
+    if pieces == 1 or not model.layer_pattern:
+        return
+    period, first = len(model.layer_pattern), model.moe.dense_layers
+    kinds = [model.layer_pattern[layer % period] for layer in range(first, model.num_layers)]
+    depth = len(kinds) // pieces
+    if any(kinds[i] != kinds[i % depth] for i in range(len(kinds))):
+        reason = f"the {pieces} pieces of a pipeline, {depth} layers each, must all have the same kinds in the same order"
+        fix = f"choose mesh.stage and mesh.stage_repeats so that a piece has a multiple of {period} layers"
+        raise refuse("model.layer_pattern", ",".join(model.layer_pattern), reason, fix)
+
+
 def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
     return mesh.stage_microbatches or stages
 
 
-def check_tensor_axis(model: DecoderConfig, tensor: int, own: set[str]) -> None:
+def check_tensor_axis(model: TransformerConfig, tensor: int, own: set[str]) -> None:
     """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts, but for `own` rules."""
+    mlp_dim, moe = model.mlp_dim or 4 * model.embed_dim, model.moe
+    dense = not moe.num_experts or moe.dense_layers or not moe.expert_dim
     for key, axis, size in (
         ("num_heads", "heads", model.num_heads),
         ("num_kv_heads", "kv_heads", model.num_kv_heads or model.num_heads),
-        ("mlp_dim", "mlp", model.mlp_dim or 4 * model.embed_dim),
+        ("mlp_dim", "mlp", mlp_dim if dense else tensor),
+        ("moe.expert_dim", "mlp", moe.expert_dim),
+        ("moe.shared_dim", "mlp", moe.shared_dim),
     ):
         if size % tensor and axis not in own:
             reason = f"it does not split over mesh.tensor = {tensor} devices"
@@ -148,7 +167,7 @@ def check_tensor_axis(model: DecoderConfig, tensor: int, own: set[str]) -> None:
             )
 
 
-def check_padded_vocab(model: DecoderConfig, vocab_size: int, sizes: dict[str, int]) -> None:
+def check_padded_vocab(model: TransformerConfig, vocab_size: int, sizes: dict[str, int]) -> None:
     """The vocabulary is split over the mesh axes tensor and stage, sizes of which may be -1: not known yet."""
     padded = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
     split = {axis: sizes[axis] for axis in ("tensor", "stage") if sizes[axis] > 1}

@@ -52,6 +52,8 @@ class RopeConfig:
     high_freq_factor: float = positive(4.0)  # llama3: wavelengths below original_length / this are left alone
     beta_fast: float = positive(32.0)  # yarn: rotations in original_length above which nothing is scaled
     beta_slow: float = positive(1.0)  # yarn: rotations below which all is scaled
+    truncate: bool = True  # yarn: the ends of its ramp are whole pairs (GPT-OSS: not)
+    attention_factor: float = at_least(0.0, 0.0)  # yarn: scales sine and cosine; 0: 0.1 ln(factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +67,45 @@ class DropoutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    `model.head_dim` is then the part of a head that has no positions.
+    """
+
+    kv_rank: int = at_least(0, 0)  # keys and values of all heads come from so many numbers a token; 0: off
+    query_rank: int = at_least(0, 0)  # queries likewise; 0: from the residual stream
+    rope_dim: int = at_least(2, 64)  # numbers of each query, and of one key for all heads, that rotate
+    value_dim: int = at_least(0, 0)  # of a head's value; 0: head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """A mixture of experts in place of each block's MLP (Shazeer et al. 2017, arXiv 1701.06538; Mixtral)."""
 
-    num_experts: int = at_least(0, 0)  # 0: one dense MLP; each expert is an MLP of model.mlp_dim
+    num_experts: int = at_least(0, 0)  # 0: one dense MLP
     top_k: int = at_least(1, 2)  # experts that each token goes to
-    renormalize: bool = True  # the chosen experts' probabilities are scaled to add up to 1 (Mixtral)
+    expert_dim: int = at_least(0, 0)  # width of an expert's MLP; 0: mlp_dim
+    shared_dim: int = at_least(0, 0)  # width of an MLP that every token takes besides (arXiv 2401.06066); 0: none
+    dense_layers: int = at_least(0, 0)  # the first layers, which have one MLP of mlp_dim instead
+    scores: str = one_of("softmax", "sigmoid")  # of the router's logits (sigmoid: DeepSeek-V3, arXiv 2412.19437)
+    groups: int = at_least(1, 1)  # of experts; a token's experts lie in top_groups of them
+    top_groups: int = at_least(1, 1)
+    renormalize: bool = True  # the chosen experts' scores are scaled to add up to 1 (Mixtral)
+    scale: float = positive(1.0)  # factor on the experts' sum
+    router_bias: bool = False  # a learned bias in the router's logits (GPT-OSS)
+    balance_bias: bool = False  # a bias on the scores that choose, moved to even the load (arXiv 2408.15664)
+    balance_rate: float = at_least(0.0, 0.001)  # how far balance_bias moves in an update
     capacity_factor: float = at_least(0.0, 0.0)  # room for a row's tokens, relative to an even load; 0: nothing dropped
     balance_loss: float = at_least(0.0, 0.01)  # coefficient of the load-balance term (arXiv 2101.03961), row by row
     router_z_loss: float = at_least(0.0, 0.0)  # coefficient on the router's log(Z)^2 (ST-MoE, arXiv 2202.08906)
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder-only transformer, from GPT-2/3 to the LLaMA line and its mixtures of experts."""
+class TransformerConfig:
+    """What every stack of transformer blocks has, and the embedding below it."""
 
-    family: str = one_of("decoder")
+    family: str = one_of("")  # each family names itself
     vocab_size: int = at_least(0, 0)  # 0: the tokenizer's
     vocab_multiple: int = at_least(1, 1)  # embedding rows are padded up to a multiple of this
     padded_vocab_in_softmax: bool = False  # nanoGPT's habit; otherwise padded ids get probability zero
@@ -93,22 +118,26 @@ class DecoderConfig:
     max_length: int = at_least(1, 1024)  # longest context; rows of a learned position table
     positions: str = one_of("rotary", "learned", "sinusoidal", "relative", "none")
     rope: RopeConfig = nested(RopeConfig)
+    window_rope_base: float = at_least(0.0, 0.0)  # windowed layers rotate by this base, unscaled (Gemma 3); 0: as all
     relative_buckets: int = at_least(2, 32)  # relative-bias positions (T5, arXiv 1910.10683)
     relative_max_distance: int = at_least(2, 128)
     norm: str = one_of("rmsnorm", "layernorm")
     norm_eps: float = positive(1e-5)
-    norm_scale: bool = True  # False: norms without learned parameters
-    norm_placement: str = one_of("pre", "post")
-    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu")  # gelu by erf; geglu by tanh, as in T5
-    bias: str = one_of("none", "all", "qkv")  # which linear layers (and, for "all", LayerNorms) have a bias
+    norm_scale: str = one_of("one", "zero", "none")  # times w, which starts at 1; 1 + w, w from 0 (Gemma); nothing
+    norm_placement: str = one_of("pre", "post", "sandwich", "output", "parallel")  # equations: models/transformer.py
+    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")  # geglu: by tanh
+    bias: str = one_of("none", "all", "qkv", "attention")  # linear layers with one; "all": LayerNorms too
     tie_embeddings: bool = True  # the output head is the embedding, transposed
     embedding_scale: bool = False  # multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)
-    qk_norm: bool = False  # RMSNorm on every query and key head
+    qk_norm: str = one_of("none", "head", "all")  # RMSNorm of each query and key head, or of all heads together
+    attention_scale: float = at_least(0.0, 0.0)  # factor on the scores; 0: 1 / sqrt(head_dim)
     attention_softcap: float = at_least(0.0, 0.0)  # c*tanh(x/c) on attention scores; 0: off
     logits_softcap: float = at_least(0.0, 0.0)  # the same on the logits
     sliding_window: int = at_least(0, 0)  # each token sees itself and this many minus one before it; 0: all
+    layer_pattern: tuple[str, ...] = ()  # of LAYER_KINDS, repeated over the layers; (): all alike
     attention_sinks: bool = False  # a learned score a head that takes part in the softmax and holds no value (GPT-OSS)
     attention_output_scale: float = positive(1.0)  # factor on each attention block's output
+    latent: LatentConfig = nested(LatentConfig)
     moe: MoEConfig = nested(MoEConfig)
     dropout: DropoutConfig = nested(DropoutConfig)
     init: str = one_of("normal", "torch")  # torch: linear layers U(+-1/sqrt(fan_in)), as torch.nn.Linear
@@ -120,6 +149,14 @@ class DecoderConfig:
     attention_kernel: str = one_of("auto", "reference", "xla", "cudnn", "splash", "ring", "all_to_all")
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(TransformerConfig):
+    """A decoder-only transformer, from GPT-2/3 to the LLaMA line, DeepSeek and GPT-OSS."""
+
+    family: str = one_of("decoder")
+
+
+LAYER_KINDS = ("full", "window", "full_without_positions")  # of model.layer_pattern
 MODEL_FAMILIES = {"decoder": DecoderConfig}
 ModelConfig = DecoderConfig
 
@@ -127,7 +164,11 @@ ModelConfig = DecoderConfig
 # ----------------------------------------------------------------------------------------------------- data
 
 TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
-DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "synthetic")
+DATA_FORMATS = (
+    "auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "docstrings", "synthetic", "csv",
+    "tsv",
+)  # fmt: skip
+TABLE_FORMATS = ("auto", "jsonl", "csv", "tsv", "parquet", "docstrings")  # of labelled records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +183,42 @@ class SourceConfig:
     weight: float = positive(1.0)  # share of tokens, relative to the others
 
 
+TASKS = (
+    "language", "masked", "replaced", "classification", "multilabel", "regression", "tokens", "questions", "choice",
+    "similarity",
+)  # fmt: skip
+LABELLED_TASKS = TASKS[3:]  # their data are records with labels, not running text
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """How text becomes rows of masked language modelling (Devlin et al. 2018, arXiv 1810.04805, appendix A.1)."""
+
+    rate: float = bounded(0.15, 0.0, 1.0, open_low=True)  # share of a row's tokens that are predicted
+    max_predictions: int = at_least(0, 0)  # of a row, at most; 0: rate * sequence_length, rounded up
+    whole_words: bool = False  # all pieces of a word (those that begin with ##) are masked together
+    redraw: bool = True  # masks are drawn anew each epoch; False: they come back, as in BERT's own files
+    next_sentence: bool = True  # rows are pairs, half of them with a second text of another document
+    short_rows: float = fraction(0.1)  # share of rows that aim at a shorter, random length
+    copies: int = at_least(1, 1)  # times the text is cut into rows anew; after as many epochs the first cut returns
+    phases: tuple[str, ...] = ()  # "STEPS=LENGTH" at the run's start, before data.sequence_length: "900000=128"
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """Which columns of labelled records hold what."""
+
+    text: str = "text"  # the text; tokens: a list of words; questions: the question
+    pair: str = ""  # the second text, if there is one; questions: the context; similarity: what is like the text
+    label: str = "label"  # the label; multilabel: a list; tokens: a list, one a word; questions: the answers
+    choices: tuple[str, ...] = ()  # choice: the columns of the endings, which label counts from 0
+    negative: str = ""  # similarity: a text that is unlike, if there is one
+    names: tuple[str, ...] = ()  # all labels in the order of their ids; none: those of the training records, sorted
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    task: str = one_of(*TASKS)  # what the model learns from the records
     path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or the built-in "stdlib" and "synthetic"
     format: str = one_of(*DATA_FORMATS)
     validation_path: str = ""
@@ -151,13 +226,19 @@ class DataConfig:
     separator: str = ""
     mixture: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # replaces path when not empty
     mixture_temperature: float = positive(1.0)  # weights to the power 1/temperature: above 1 is more even
-    tokenizer: str = "byte"  # byte, char, bpe (trained here), none (token files), or a tokenizer.json / .model
-    tokenizer_vocab_size: int = at_least(257, 4096)  # for bpe
-    eos: str = one_of("append", "prepend", "none")  # where the end-of-document token goes
+    tokenizer: str = "byte"  # byte, char, bpe or wordpiece (trained here), none, or a tokenizer.json / .model
+    tokenizer_vocab_size: int = at_least(257, 4096)  # for bpe and wordpiece
+    eos: str = one_of("append", "prepend", "none", "lines")  # where the end-of-document token goes; lines: behind each
     sequence_length: int = at_least(1, 256)
     packing: str = one_of("concat", "first_fit", "best_fit", "crops")
     long_documents: str = one_of("split", "drop", "error")  # longer than sequence_length under first_fit, best_fit
     mask_documents: bool = True  # no attention or loss across document borders; positions restart
+    masking: MaskingConfig = nested(MaskingConfig)
+    columns: ColumnsConfig = nested(ColumnsConfig)
+    buckets: tuple[str, ...] = ()  # lengths that batches of labelled texts are padded to; none: sequence_length alone
+    pack_texts: bool = False  # several short labelled texts share a row, each its own segment
+    stride: int = at_least(1, 128)  # questions: tokens that two windows on a long context share
+    answer_length: int = at_least(1, 30)  # questions: tokens of the longest answer
     shuffle: bool = True
     validation_fraction: float = bounded(0.05, 0.0, 0.5)
     validation_split: str = one_of("auto", "documents", "tail")  # auto: tail for a single document
@@ -187,6 +268,7 @@ class TrainConfig:
     accumulation: int = at_least(1, 1)  # micro-batches a step
     z_loss: float = at_least(0.0, 0.0)  # coefficient on log(Z)^2 (PaLM, t5x)
     label_smoothing: float = bounded(0.0, 0.0, 0.999)
+    temperature: float = positive(0.05)  # similarity: cosines are divided by it (SimCSE, arXiv 2104.08821)
     loss_chunk: int = at_least(0, 0)  # tokens of a row whose logits exist at a time; 0: all
     max_bad_steps: int = at_least(1, 5)  # non-finite steps in a row that stop the run
     ema_decay: float = bounded(0.0, 0.0, 0.999999)  # 0: no average; else evaluation uses it
@@ -194,7 +276,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: str = one_of("adamw", "adafactor", "lion", "muon", "sgd")
+    name: str = one_of("adamw", "adafactor", "lamb", "lion", "muon", "sgd")
     learning_rate: float = positive(3e-4)
     schedule: str = one_of("cosine", "linear", "constant", "inverse_sqrt", "wsd")
     warmup_steps: int = at_least(0, 0)
@@ -206,6 +288,7 @@ class OptimConfig:
     beta1: float = bounded(0.9, 0.0, 0.999999)  # also the momentum of sgd and muon
     beta2: float = bounded(0.95, 0.0, 0.999999)
     eps: float = positive(1e-8)
+    bias_correction: bool = True  # of adamw and lamb; BERT was trained without
     weight_decay: float = at_least(0.0, 0.1)
     decay_mask: str = one_of("matrices", "hidden", "all")  # matrices: linears and embeddings; hidden: linears
     clip_norm: float = at_least(0.0, 1.0)  # global gradient norm; 0: off
@@ -245,11 +328,12 @@ class PrecisionConfig:
 class CheckpointConfig:
     every: int = at_least(0, 1000)  # steps; 0: only at the end
     keep_latest: int = at_least(1, 2)
-    keep_best: int = at_least(0, 1)  # by evaluation loss
+    keep_best: int = at_least(0, 1)  # by eval.best
+    use: str = one_of("latest", "best")  # the checkpoint that evaluate, predict and export take from a finished run
     keep_every: int = at_least(0, 0)  # also keep every multiple of this; 0: none
     resume: str = one_of("auto", "must", "never")  # auto: go on where the work directory stands
     resume_from: str = ""  # another run's folder: its whole state, at its latest step
-    init_from: str = ""  # another run's folder: its parameters only
+    init_from: str = ""  # another run's folder, or hf:PATH of a checkpoint: its parameters only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +342,8 @@ class EvalConfig:
     batches: int = at_least(0, 0)  # of the fixed set, from its start; 0: the whole validation split
     batch_size: int = at_least(0, 0)  # sequences; 0: as a micro-batch, global_batch_size / accumulation
     sampling: str = one_of("sequential", "random")  # random: fresh random crops, as nanoGPT's estimate
+    best: str = "loss"  # the figure that says which checkpoint is best: loss, or one that is better when higher
+    patience: int = at_least(0, 0)  # evaluations in a row that may not better it before the run ends; 0: no early end
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from llm_jax.config import DecoderConfig, DropoutConfig, MoEConfig, RopeConfig, 
 from llm_jax.config.checks import check_model
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Rule, matches
+from llm_jax.models.kinds import layer_words
 from llm_jax.errors import ConfigError, UserError
 
 
@@ -79,10 +80,14 @@ def function_of(cfg: DecoderConfig) -> DecoderConfig:
         rope = RopeConfig()
     if rope.scaling == "none":
         rope = RopeConfig(base=rope.base, fraction=rope.fraction)
-    default = MoEConfig()
+    head_dim, mlp_dim = cfg.head_dim or cfg.embed_dim // cfg.num_heads, cfg.mlp_dim or 4 * cfg.embed_dim
+    latent, default = cfg.latent, MoEConfig()
+    if latent.kv_rank:
+        latent = dataclasses.replace(latent, value_dim=latent.value_dim or head_dim)
     if moe.num_experts:
-        training = {n: getattr(default, n) for n in ("capacity_factor", "balance_loss", "router_z_loss")}
-        moe = dataclasses.replace(moe, **training)
+        training = {n: getattr(default, n) for n in ("capacity_factor", "balance_loss", "router_z_loss", "balance_rate")}
+        moe = dataclasses.replace(moe, expert_dim=moe.expert_dim or mlp_dim, **training)
+        mlp_dim = mlp_dim if moe.dense_layers else moe.expert_dim
     else:
         moe = default
     plain = DecoderConfig()
@@ -93,9 +98,11 @@ def function_of(cfg: DecoderConfig) -> DecoderConfig:
         vocab_multiple=1,
         padded_vocab_in_softmax=False,
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
-        head_dim=cfg.head_dim or cfg.embed_dim // cfg.num_heads,
-        mlp_dim=cfg.mlp_dim or 4 * cfg.embed_dim,
+        head_dim=head_dim,
+        mlp_dim=mlp_dim,
+        layer_pattern=layer_words(cfg),
         rope=rope,
+        latent=latent,
         moe=moe,
         dropout=DropoutConfig(),
         **{name: getattr(plain, name) for name in training},

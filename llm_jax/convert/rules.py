@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import TransformerConfig
+from llm_jax.models.kinds import first_layers
 from llm_jax.sharding import path_name
 
 Arrays = Sequence[np.ndarray]
@@ -111,7 +112,7 @@ class Rule:
 
     Attributes:
       theirs: names, with {layer} and {expert} where there is one a layer and one an expert.
-      ours: paths, with {layer} for the block ("stack/{layer}/mlp/up/kernel").
+      ours: paths, with {layer} for the block ("stack/{layer}/mlp/up/kernel"). Layers without them are passed over.
       transform: between the two, for one layer and one expert.
     """
 
@@ -165,7 +166,7 @@ class Move:
         return sum(int(np.prod(shape)) for shape in self.their_shapes)
 
 
-def plan(rules: Sequence[Rule], cfg: DecoderConfig, shapes: Any, axes: Any, vocab_size: int) -> list[Move]:
+def plan(rules: Sequence[Rule], cfg: TransformerConfig, shapes: Any, axes: Any, vocab_size: int) -> list[Move]:
     """All moves between a checkpoint and a model, in the model's order.
 
     Args:
@@ -197,35 +198,46 @@ def _parts(path: str, leaves: Mapping[str, Shape], covered: Mapping[str, int], m
 
 
 def _fill_in(
-    rule: Rule, cfg: DecoderConfig, leaves: Mapping[str, Shape], names: Mapping[str, tuple[str, ...]], vocab_size: int
+    rule: Rule, cfg: TransformerConfig, leaves: Mapping[str, Shape], names: Mapping[str, tuple[str, ...]], vocab_size: int
 ) -> Iterator[Move]:
     text = " ".join(rule.theirs + rule.ours)
     layers = range(cfg.num_layers) if "{layer}" in text else (None,)
     experts = range(cfg.moe.num_experts) if "{expert}" in text else (None,)
+    found = False
     for layer, expert in itertools.product(layers, experts):
-        slots = tuple(_slot(path, cfg, layer, expert, leaves, names, vocab_size) for path in rule.ours)
+        places = [_place(path, cfg, layer, expert) for path in rule.ours]
+        if not all(path in leaves for path, _ in places):
+            continue
+        found = True
+        slots = tuple(_slot(path, index, leaves, names, vocab_size) for path, index in places)
         their_shapes = tuple(map(tuple, rule.transform.their_shapes([slot.shape for slot in slots])))
         theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
         yield Move(theirs, their_shapes, slots, rule.transform)
+    if not found:
+        raise ValueError(f"the family's table names {rule.ours}, and the model has no such parameters")
+
+
+def _place(
+    pattern: str, cfg: TransformerConfig, layer: int | None, expert: int | None
+) -> tuple[str, tuple[int, ...]]:
+    """The path of a parameter, and the index of this layer and expert of its first axes."""
+    index = () if expert is None else (expert,)
+    if layer is None:
+        return pattern, index
+    if not cfg.scan_layers:
+        return pattern.format(layer=f"block_{layer}"), index
+    first = first_layers(cfg)
+    name, place = ("first_blocks", layer) if layer < first else ("blocks", layer - first)
+    return pattern.format(layer=name), (place, *index)
 
 
 def _slot(
-    pattern: str,
-    cfg: DecoderConfig,
-    layer: int | None,
-    expert: int | None,
+    path: str,
+    index: tuple[int, ...],
     leaves: Mapping[str, Shape],
     names: Mapping[str, tuple[str, ...]],
     vocab_size: int,
 ) -> Slot:
-    index: tuple[int, ...] = ()
-    if layer is not None and cfg.scan_layers:
-        index += (layer,)
-    if expert is not None:
-        index += (expert,)
-    path = pattern.format(layer="blocks" if cfg.scan_layers else f"block_{layer}")
-    if path not in leaves:
-        raise ValueError(f"the family's table names {path}, and the model has no such parameter")
     shape = leaves[path][len(index) :]
     shape = tuple(
         vocab_size if name == "vocab" else size for size, name in zip(shape, names[path][len(index) :], strict=True)

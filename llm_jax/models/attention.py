@@ -2,33 +2,50 @@
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import TransformerConfig
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
+from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
 
-def head_dim(cfg: DecoderConfig) -> int:
+def head_dim(cfg: TransformerConfig) -> int:
     return cfg.head_dim or cfg.embed_dim // cfg.num_heads
 
 
-def num_kv_heads(cfg: DecoderConfig) -> int:
+def query_dim(cfg: TransformerConfig) -> int:
+    """Numbers of a query's head, and of a key's."""
+    return head_dim(cfg) + (cfg.latent.rope_dim if cfg.latent.kv_rank else 0)
+
+
+def value_dim(cfg: TransformerConfig) -> int:
+    return cfg.latent.value_dim or head_dim(cfg)
+
+
+def rotary_dim(cfg: TransformerConfig) -> int:
+    """How many numbers of a head may rotate."""
+    return cfg.latent.rope_dim if cfg.latent.kv_rank else head_dim(cfg)
+
+
+def num_kv_heads(cfg: TransformerConfig) -> int:
     return cfg.num_kv_heads or cfg.num_heads
 
 
 def choose_kernel(
-    cfg: DecoderConfig,
+    cfg: TransformerConfig,
     layout: Layout,
+    kind: LayerKind,
     *,
     segments: bool,
     length: int,
@@ -36,7 +53,7 @@ def choose_kernel(
     dropout: bool,
     cache: bool = False,
 ) -> Kernel:
-    """The attention back end of a model: of `cfg.attention_kernel`, or the fastest that can do what is asked.
+    """The attention back end of a layer: of `cfg.attention_kernel`, or the fastest that can do what is asked.
 
     It looks at no device, so it also tells when a config is read (with `sharding.abstract_layout`).
 
@@ -51,24 +68,32 @@ def choose_kernel(
       ConfigError: the back end of that name cannot do it, with all that it lacks.
     """
     given = dict(segments=segments, length=length, dtype=dtype, dropout=dropout, cache=cache)
-    request = attention_request(cfg, layout, **given)
+    request = attention_request(cfg, layout, kind, **given)
     return select("auto" if cache else cfg.attention_kernel, request, platform(layout))
 
 
 def attention_request(
-    cfg: DecoderConfig, layout: Layout, *, segments: bool, length: int, dtype: str, dropout: bool, cache: bool = False
+    cfg: TransformerConfig,
+    layout: Layout,
+    kind: LayerKind,
+    *,
+    segments: bool,
+    length: int,
+    dtype: str,
+    dropout: bool,
+    cache: bool = False,
 ) -> AttentionOptions:
-    """What a model asks of its attention; arguments as `choose_kernel`."""
+    """What a layer asks of its attention; arguments as `choose_kernel`."""
     return AttentionOptions(
         segments=segments,
-        window=bool(cfg.sliding_window),
+        window=kind.window,
         bias=cfg.positions == "relative",
         dropout=dropout,
         softcap=cfg.attention_softcap,
         sinks=cfg.attention_sinks,
         cache=cache,
         dtype=dtype,
-        head_dim=head_dim(cfg),
+        head_dim=query_dim(cfg),
         heads=cfg.num_heads,
         kv_heads=num_kv_heads(cfg),
         length=length,
@@ -89,24 +114,36 @@ class Shared:
     """What every block reads beside the residual stream, made once a step.
 
     Attributes:
-      mask: which keys each query sees; when decoding, keys are the slots of the cache.
+      mask: which keys each query sees, windows left out; when decoding, keys are the slots of the cache.
       rows: (B,) int32, each row's number in the global batch.
       angles: rotary cosine and sine, (B, T, 1, R / 2) each, or None.
+      window_angles: those of windowed layers, where they differ; else None.
       bias: (1 or B, N, T, S) added to the scores, or None.
     """
 
     mask: AttentionMask
     rows: jax.Array
     angles: tuple[jax.Array, jax.Array] | None = None
+    window_angles: tuple[jax.Array, jax.Array] | None = None
     bias: jax.Array | None = None
+
+    def seen_by(self, kind: LayerKind, window: int) -> "Shared":
+        """What a layer of this kind reads: its own mask and angles, or none."""
+        if not kind.positions:
+            return dataclasses.replace(self, angles=None)
+        if not kind.window:
+            return self
+        mask = dataclasses.replace(self.mask, window=window)
+        return dataclasses.replace(self, mask=mask, angles=self.window_angles or self.angles)
 
 
 class Attention(nn.Module):
     """MultiHead(x) = Concat(head_1, ..., head_N) W_O (arXiv 1706.03762, section 3.2.2), causal, over x (B, T, D)."""
 
-    cfg: DecoderConfig
+    cfg: TransformerConfig
     layout: Layout
     precision: Precision
+    kind: LayerKind = LayerKind()
 
     @nn.compact
     def __call__(
@@ -125,6 +162,7 @@ class Attention(nn.Module):
         """
         cfg = self.cfg
         heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
+        shared = shared.seen_by(self.kind, cfg.sliding_window)
         mask, angles = shared.mask, shared.angles
 
         drop = None
@@ -133,11 +171,11 @@ class Attention(nn.Module):
         query = self._heads("query", x, heads, "heads")
         key = self._heads("key", x, kv_heads, "kv_heads")
         value = self._heads("value", x, kv_heads, "kv_heads")
-        if cfg.qk_norm:
-            query = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="query_norm")(query)
-            key = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name="key_norm")(key)
+        query, key = self._normed("query_norm", query), self._normed("key_norm", key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
+        if cfg.attention_scale:  # kernels divide by sqrt(size)
+            query = query * (cfg.attention_scale * math.sqrt(size))
         query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
         if cache_length:
             key, value = self._cached(key, value, mask.query_index, cache_length)
@@ -150,6 +188,7 @@ class Attention(nn.Module):
             kernel = choose_kernel(
                 cfg,
                 self.layout,
+                self.kind,
                 segments=mask.query_segments is not None,
                 length=x.shape[1],
                 dtype=query.dtype.name,
@@ -169,7 +208,7 @@ class Attention(nn.Module):
             linear_init(cfg, residual=True),
             self.layout,
             self.precision,
-            use_bias=cfg.bias == "all",
+            use_bias=cfg.bias in ("all", "attention"),
             name="out",
         )(out)
         return out * cfg.attention_output_scale
@@ -183,10 +222,21 @@ class Attention(nn.Module):
             linear_init(self.cfg),
             self.layout,
             self.precision,
-            use_bias=self.cfg.bias in ("all", "qkv"),
+            use_bias=self.cfg.bias in ("all", "attention", "qkv"),
             name=name,
         )
         return self.layout(project(x).reshape(*x.shape[:-1], heads, size), "batch", "length", axis, "head_dim")
+
+    def _normed(self, name: str, x: jax.Array) -> jax.Array:
+        """The queries or keys (B, T, heads, H), normalised as `qk_norm` says."""
+        cfg = self.cfg
+        norm = Norm("rmsnorm", cfg.norm_eps, self.precision, cfg.norm_scale, name=name)
+        match cfg.qk_norm:
+            case "head":
+                return norm(x)
+            case "all":
+                return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        return x
 
     def _drop(self, probabilities: jax.Array, *, key: jax.Array, rows: jax.Array) -> jax.Array:
         """Dropout of (B, K, T, N / K, S)."""

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import DecoderConfig, RopeConfig
 from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.experts import Routing
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.attention import Shared, choose_kernel, head_dim
+from llm_jax.models.attention import Shared, choose_kernel, rotary_dim
+from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
 from llm_jax.models.transformer import Stack
@@ -104,6 +105,7 @@ class Decoder(nn.Module):
         kernel = choose_kernel(
             cfg,
             self.layout,
+            layer_kinds(cfg)[0],  # all kinds take the same order: `back_end.check_attention`
             segments=segment_ids is not None,
             length=length,
             dtype=self.precision.compute.name,
@@ -165,10 +167,10 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(index[None], tokens.shape)
         if cache_length:
-            mask = AttentionMask(positions, jnp.arange(cache_length), window=cfg.sliding_window)
+            mask = AttentionMask(positions, jnp.arange(cache_length))
         else:
             places = (index, index, segment_ids, segment_ids)
-            mask = AttentionMask(*places, window=cfg.sliding_window, in_order=order is None)
+            mask = AttentionMask(*places, in_order=order is None)
 
         embedding = self._table("embedding", padded_vocab(cfg), cfg.embed_dim, ("vocab", "embed"), self._token_init())
         x = embedding(tokens)
@@ -181,12 +183,17 @@ class Decoder(nn.Module):
         axes = ("batch", "residual_length", "embed")
         x = dropout(x, cfg.dropout.embedding, embedding_key, rows, self.layout, *axes, tokens=index)
 
-        rotary = cfg.positions == "rotary"
-        angles = rotary_angles(cfg.rope, head_dim(cfg), positions) if rotary else None
+        angles = window_angles = None
+        if cfg.positions == "rotary":
+            angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions)
+            if cfg.window_rope_base:
+                window_rope = RopeConfig(base=cfg.window_rope_base, fraction=cfg.rope.fraction)
+                window_angles = rotary_angles(window_rope, rotary_dim(cfg), positions)
         bias = self._relative_bias(mask) if cfg.positions == "relative" else None
         stack = Stack(cfg, self.layout, self.precision, name="stack")
-        x, routing = stack(x, stack_key, Shared(mask, rows, angles, bias), cache_length=cache_length)
-        if cfg.norm_placement == "pre":
+        shared = Shared(mask, rows, angles, window_angles, bias)
+        x, routing = stack(x, stack_key, shared, cache_length=cache_length)
+        if cfg.norm_placement != "post":
             x = block_norm(cfg, self.precision, "final_norm")(x)
         return x, self._head(x, embedding), routing
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 
-from llm_jax.config import DecoderConfig
-from llm_jax.models.attention import head_dim
+from llm_jax.config import TransformerConfig
+from llm_jax.models.attention import query_dim, value_dim
+from llm_jax.models.kinds import layer_kinds
 
 FORMULA = (
     "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
 )
+STACKS = ("layers", "first_layers", "expert")  # axes along which matrices are stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Flops:
         return self.matrices + self.attention
 
 
-def training_flops(cfg: DecoderConfig, shapes: Any, axes: Any, length: int) -> Flops:
+def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) -> Flops:
     """FLOPs a token of rows of `length` tokens.
 
     Args:
@@ -46,10 +48,12 @@ def training_flops(cfg: DecoderConfig, shapes: Any, axes: Any, length: int) -> F
     matrices = sum(
         leaf.size * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
         for leaf, axis in zip(leaves, names, strict=True)
-        if axis not in tables and sum(name not in ("layers", "expert") for name in axis) >= 2
+        if axis not in tables and sum(name not in STACKS for name in axis) >= 2
     )
     if cfg.tie_embeddings:
         matrices += sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
-    window = min(cfg.sliding_window or length, length)
-    visible = (window * (window + 1) / 2 + (length - window) * window) / length
-    return Flops(6.0 * matrices, 12.0 * cfg.num_layers * cfg.num_heads * head_dim(cfg) * visible)
+    visible = 0.0  # keys, over all layers
+    for kind in layer_kinds(cfg):
+        window = min(cfg.sliding_window, length) if kind.window else length
+        visible += (window * (window + 1) / 2 + (length - window) * window) / length
+    return Flops(6.0 * matrices, 6.0 * cfg.num_heads * (query_dim(cfg) + value_dim(cfg)) * visible)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import TransformerConfig
 from llm_jax.kernels.elementwise import normalize
 from llm_jax.models.quantize import quantized_product
-from llm_jax.precision import Precision
+from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
 
 
@@ -43,7 +43,7 @@ def named(init: nn.initializers.Initializer, *names: str) -> Any:
     return lambda *args: Axes(init(*args), names)
 
 
-def linear_init(cfg: DecoderConfig, *, residual: bool = False) -> nn.initializers.Initializer:
+def linear_init(cfg: TransformerConfig, *, residual: bool = False) -> nn.initializers.Initializer:
     """N(0, init_std), or uniform within 1/sqrt(fan_in) (torch.nn.Linear); both less for the residual stream."""
     scale = 1 / math.sqrt(2 * cfg.num_layers) if residual and cfg.residual_init_scale else 1.0
     if cfg.init == "torch":
@@ -98,18 +98,25 @@ def product(
 class Norm(nn.Module):
     """RMSNorm, x / rms(x) (arXiv 1910.07467), or LayerNorm, (x - mean) / std (arXiv 1607.06450), over the last axis.
 
-    Statistics are taken in at least float32; the result has the dtype of `x`.
+    Times w, which starts at one, or 1 + w, which starts at zero, or neither. Statistics are taken in at least float32;
+    the result has the dtype of `x`.
     """
 
     kind: str
     eps: float
     precision: Precision
-    use_scale: bool = True
+    scale: str = "one"  # one, zero, none: as `norm_scale`
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self._vector("scale", nn.initializers.ones, x) if self.use_scale else None
+        match self.scale:
+            case "one":
+                scale = self._vector("scale", nn.initializers.ones, x)
+            case "zero":
+                scale = 1 + at_least_float32(self._vector("scale", nn.initializers.zeros, x))
+            case "none":
+                scale = None
         y = normalize(x, scale, self.eps, self.kind == "layernorm")
         if self.use_bias:
             bias = self._vector("bias", nn.initializers.zeros, x)
@@ -120,9 +127,9 @@ class Norm(nn.Module):
         return self.param(name, named(init, "norm"), (x.shape[-1],), self.precision.params)
 
 
-def block_norm(cfg: DecoderConfig, precision: Precision, name: str) -> Norm:
+def block_norm(cfg: TransformerConfig, precision: Precision, name: str) -> Norm:
     """The norm of the residual stream."""
-    use_bias = cfg.bias == "all" and cfg.norm == "layernorm" and cfg.norm_scale
+    use_bias = cfg.bias == "all" and cfg.norm == "layernorm"
     return Norm(cfg.norm, cfg.norm_eps, precision, cfg.norm_scale, use_bias, name=name)
 
 

@@ -6,12 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import TransformerConfig
 from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import BANK_AXES, Bank, Routing, capacity, dropless, route
 from llm_jax.models.layers import Linear, linear_init, named
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
+
+
+def expert_dim(cfg: TransformerConfig) -> int:
+    return cfg.moe.expert_dim or cfg.mlp_dim or 4 * cfg.embed_dim
 
 
 class MoE(nn.Module):
@@ -20,7 +24,7 @@ class MoE(nn.Module):
     The router's logits are computed in at least float32, from parameters that are kept as all others are.
     """
 
-    cfg: DecoderConfig
+    cfg: TransformerConfig
     layout: Layout
     precision: Precision
 
@@ -63,7 +67,7 @@ class MoE(nn.Module):
     def _bank(self, x: jax.Array) -> Bank:
         """The experts' kernels, and biases where linear layers have them, in the dtype of x."""
         cfg = self.cfg
-        sizes = {"expert": cfg.moe.num_experts, "embed": cfg.embed_dim, "mlp": cfg.mlp_dim or 4 * cfg.embed_dim}
+        sizes = {"expert": cfg.moe.num_experts, "embed": cfg.embed_dim, "mlp": expert_dim(cfg)}
         parameters: dict[str, jax.Array] = {}
         for name in ("up", "down", "gate") if cfg.activation in GATED else ("up", "down"):
             axes = getattr(BANK_AXES, name)

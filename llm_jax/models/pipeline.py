@@ -10,7 +10,7 @@ Sources: GPipe (arXiv 1811.06965); circular, or interleaved, stages (arXiv 2104.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_jax.models.kinds import LayerKind, over_layers
 from llm_jax.sharding import Layout
 
-Block = Callable[[Any, jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
+Block = Callable[[LayerKind, Any, jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]
 Policy = Callable[..., Any]
 
 
 def pipeline(
     block: Block,
+    kinds: Sequence[LayerKind],
     params: Any,
     x: jax.Array,
     keys: jax.Array | None,
@@ -51,8 +53,9 @@ def pipeline(
     A stage that has no micro-batch yet, or none left, computes on rows of another one; the result goes nowhere.
 
     Args:
-      block: one layer, (its params, rows (b, T, D), key, shared) to (rows, routing), routing None or a tree of
-        statistics of each row (b, ...).
+      block: one layer, (its kind, its params, rows (b, T, D), key, shared) to (rows, routing), routing None or a tree
+        of statistics of each row (b, ...).
+      kinds: of the L layers; all pieces have the same ones, in the same order.
       params: leaves (L, ...) in natural order, split over "stage" along the first axis.
       x: (B, T, D), B a multiple of M x the pieces of the batch.
       keys: (L,) random keys, or None.
@@ -73,7 +76,7 @@ def pipeline(
     turns = repeats * microbatches  # of each stage; the loop has S - 1 more
     depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
     first = jax.tree.map(lambda p: jax.eval_shape(lambda p: p[0], p), (params, keys))
-    routing = jax.eval_shape(lambda layer, x, shared: block(layer[0], x, layer[1], shared)[1], first, x, shared)
+    routing = jax.eval_shape(lambda layer, x, shared: block(kinds[0], layer[0], x, layer[1], shared)[1], first, x, shared)
 
     def on_stages(a: jax.Array, rows: bool = True) -> jax.Array:
         """A copy for each stage, whose gradients meet once, after the loop: (S, M, b, ...), without rows (S, ...)."""
@@ -92,12 +95,12 @@ def pipeline(
         own = jax.tree.map(lambda p: _piece(p, turn // microbatches, depth), weights)
         seen = jax.tree.map(lambda a, rows: _piece(a, turn % microbatches)[0] if rows else a, read, batched)
 
-        def layer(rows: Any, params_and_key: Any) -> tuple[Any, None]:
+        def layer(kind: LayerKind, rows: Any, params_and_key: Any) -> tuple[Any, None]:
             (x, total), (params, key) = rows, params_and_key
-            x, routing = block(params, checkpoint_name(x, "layer_input"), key, seen)
+            x, routing = block(kind, params, checkpoint_name(x, "layer_input"), key, seen)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
-        return jax.lax.scan(layer, rows, own)[0]
+        return over_layers(layer, kinds[:depth], rows, own)[0]
 
     if repeats > 1:  # else the pieces of the parameters would be kept for each turn
         run = jax.checkpoint(run, policy=_without_pieces(policy), prevent_cse=False)

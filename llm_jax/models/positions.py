@@ -38,7 +38,7 @@ def rotary_frequencies(cfg: RopeConfig, head_dim: int) -> tuple[np.ndarray, floa
     if cfg.scaling == "llama3":
         return llama3_frequencies(cfg, frequencies), 1.0
     if cfg.scaling == "yarn":
-        return yarn_frequencies(cfg, frequencies, rotating), 0.1 * math.log(cfg.factor) + 1.0
+        return yarn_frequencies(cfg, frequencies, rotating), cfg.attention_factor or 0.1 * math.log(cfg.factor) + 1.0
     return frequencies, 1.0
 
 
@@ -56,8 +56,10 @@ def yarn_frequencies(cfg: RopeConfig, frequencies: np.ndarray, rotating: int) ->
     def pair(turns: float) -> float:  # the number of the pair that makes so many turns over original_length
         return rotating * math.log(cfg.original_length / (turns * 2 * math.pi)) / (2 * math.log(cfg.base))
 
-    first = max(math.floor(pair(cfg.beta_fast)), 0)
-    last = min(math.ceil(pair(cfg.beta_slow)), rotating - 1)
+    first, last = pair(cfg.beta_fast), pair(cfg.beta_slow)
+    if cfg.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotating - 1)
     ramp = np.clip((np.arange(rotating // 2) - first) / max(last - first, 0.001), 0.0, 1.0)
     return ramp * frequencies / cfg.factor + (1 - ramp) * frequencies
 

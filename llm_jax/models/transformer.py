@@ -1,7 +1,7 @@
 """A transformer block, which reads as its equation, and the stack of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.config import DecoderConfig
+from llm_jax.config import TransformerConfig
 from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
+from llm_jax.models.kinds import LayerKind, first_layers, layer_kinds, over_layers
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
 from llm_jax.models.moe import MoE
 from llm_jax.models.pipeline import pipeline
@@ -26,7 +27,7 @@ REMAT_POLICIES = {
 }
 
 
-def remat_policy(cfg: DecoderConfig) -> Callable[..., Any]:
+def remat_policy(cfg: TransformerConfig) -> Callable[..., Any]:
     """What the backward pass finds kept, in device memory or in the host's; all else of a block it computes again."""
     if cfg.remat == "names":
         in_host = [name.removesuffix("=host") for name in cfg.remat_save if name.endswith("=host")]
@@ -42,14 +43,15 @@ def remat_policy(cfg: DecoderConfig) -> Callable[..., Any]:
 class MLP(nn.Module):
     """act(x W_up) W_down, or for the gated forms (act(x W_gate) * (x W_up)) W_down (arXiv 2002.05202)."""
 
-    cfg: DecoderConfig
+    cfg: TransformerConfig
     layout: Layout
     precision: Precision
+    dim: int = 0  # width; 0: cfg's
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.cfg
-        width = cfg.mlp_dim or 4 * cfg.embed_dim
+        width = self.dim or cfg.mlp_dim or 4 * cfg.embed_dim
         wide = (width, ("embed", "mlp"), linear_init(cfg), self.layout, self.precision, cfg.bias == "all")
         up = self.layout(Linear(*wide, name="up")(x), "batch", "length", "mlp")
         up, gate = checkpoint_name(up, "mlp_up"), None
@@ -69,11 +71,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream x (B, T, D); norms before (GPT-2 on) or after (2017)."""
+    """Attention f and MLP g, each added to the residual stream x (B, T, D), with norms n, m, n', m' as cfg says:
 
-    cfg: DecoderConfig
+    pre       x = x + f(n(x));  x = x + g(m(x))           GPT-2, LLaMA
+    post      x = n(x + f(x));  x = m(x + g(x))           arXiv 1706.03762, BERT
+    output    x = x + n(f(x));  x = x + m(g(x))           OLMo 2 (arXiv 2501.00656)
+    sandwich  x = x + n'(f(n(x)));  x = x + m'(g(m(x)))   Gemma 2 (arXiv 2408.00118)
+    parallel  x = x + f(n(x)) + g(m(x))                   GPT-J, GPT-NeoX (arXiv 2204.06745)
+    """
+
+    cfg: TransformerConfig
     layout: Layout
     precision: Precision
+    kind: LayerKind
     cache_length: int = 0
 
     @nn.compact
@@ -81,31 +91,46 @@ class Block(nn.Module):
         """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
         x = checkpoint_name(x, "layer_input")
-        attention = Attention(*parts, name="attention")
-        norm1 = block_norm(cfg, self.precision, "attention_norm")
-        norm2 = block_norm(cfg, self.precision, "mlp_norm")
+        attention = Attention(*parts, self.kind, name="attention")
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return block_norm(cfg, self.precision, name)(x)
 
         def attend(x: jax.Array) -> jax.Array:
             y = attention(x, keys[0], shared, cache_length=self.cache_length)
             return self._drop(y, cfg.dropout.attention_output, keys[1], shared)
 
         def feed_forward(x: jax.Array) -> tuple[jax.Array, Routing | None]:
-            if cfg.moe.num_experts:
+            if cfg.moe.num_experts and not self.kind.dense:
                 mask, drop = shared.mask, not self.cache_length
                 y, routing = MoE(*parts, name="moe")(x, mask.query_segments, places=mask.query_index, drop=drop)
+                if cfg.moe.shared_dim:
+                    y = y + MLP(*parts, cfg.moe.shared_dim, name="shared_mlp")(x)
             else:
                 y, routing = MLP(*parts, name="mlp")(x), None
             return self._drop(y, cfg.dropout.mlp_output, keys[2], shared), routing
 
-        if cfg.norm_placement == "pre":
-            x = x + attend(norm1(x))
-            y, routing = feed_forward(norm2(x))
-            x = x + y
-        else:
-            x = norm1(x + attend(x))
-            y, routing = feed_forward(x)
-            x = norm2(x + y)
+        match cfg.norm_placement:
+            case "pre":
+                x = x + attend(norm("attention_norm", x))
+                y, routing = feed_forward(norm("mlp_norm", x))
+                x = x + y
+            case "post":
+                x = norm("attention_norm", x + attend(x))
+                y, routing = feed_forward(x)
+                x = norm("mlp_norm", x + y)
+            case "output":
+                x = x + norm("attention_norm", attend(x))
+                y, routing = feed_forward(x)
+                x = x + norm("mlp_norm", y)
+            case "sandwich":
+                x = x + norm("attention_output_norm", attend(norm("attention_norm", x)))
+                y, routing = feed_forward(norm("mlp_norm", x))
+                x = x + norm("mlp_output_norm", y)
+            case "parallel":
+                y, routing = feed_forward(norm("mlp_norm", x))
+                x = x + attend(norm("attention_norm", x)) + y
         return self.layout(x, "batch", "residual_length", "embed"), routing
 
     def _drop(self, y: jax.Array, rate: float, key: jax.Array | None, shared: Shared) -> jax.Array:
@@ -114,12 +139,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """`num_layers` blocks: one compiled block looped over stacked parameters (`scan_layers`), or each on its own.
+    """`num_layers` blocks: looped over stacked parameters (`scan_layers`), or each with its own.
 
-    On a mesh with stages the loop is a pipeline. Not so with a cache: each layer's parameters go to all stages then.
+    Stacked are all layers with parameters of the same names and shapes: "blocks", and "first_blocks" where the first
+    ones have an MLP in place of experts. On a mesh with stages the loop over "blocks" is a pipeline. Not so with a
+    cache: each layer's parameters go to all stages then.
     """
 
-    cfg: DecoderConfig
+    cfg: TransformerConfig
     layout: Layout
     precision: Precision
 
@@ -128,53 +155,103 @@ class Stack(nn.Module):
         self, x: jax.Array, key: jax.Array | None, shared: Shared, *, cache_length: int = 0
     ) -> tuple[jax.Array, Routing | None]:
         """x after all blocks, and the sum of their routing statistics."""
-        cfg = self.cfg
-        block = Block
-        if cfg.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            block = nn.remat(Block, policy=remat_policy(cfg), prevent_cse=not cfg.scan_layers)
-        fields = (cfg, self.layout, self.precision, cache_length)
-        layers = jnp.arange(cfg.num_layers)
-        keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, layers)
-        if not cfg.scan_layers:
-            routings = []
-            for layer in range(cfg.num_layers):
-                layer_key = None if keys is None else keys[layer]
-                x, routing = block(*fields, name=f"block_{layer}")(x, layer_key, shared)
-                routings.append(routing)
-            return x, jax.tree.map(lambda *parts: sum(parts), *routings)
-        if self.layout.stages > 1 and not cache_length and not self.is_initializing():
-            return self._pipeline(x, keys, shared)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "cache": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, routings = scanned(*fields, name="blocks")(x, keys, shared)
+        kinds = layer_kinds(self.cfg)
+        keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(kinds)))
+        if not self.cfg.scan_layers:
+            return self._each(kinds, x, keys, shared, cache_length)
+        first = first_layers(self.cfg)
+        if not first:
+            return self._stacked("blocks", kinds, x, keys, shared, cache_length)
+        first_keys, keys = (None, None) if keys is None else (keys[:first], keys[first:])
+        x, _ = self._stacked("first_blocks", kinds[:first], x, first_keys, shared, cache_length)
+        return self._stacked("blocks", kinds[first:], x, keys, shared, cache_length)
+
+    def _each(
+        self, kinds: Sequence[LayerKind], x: jax.Array, keys: jax.Array | None, shared: Shared, cache_length: int
+    ) -> tuple[jax.Array, Routing | None]:
+        block = Block if self.cfg.remat == "none" else nn.remat(Block, policy=remat_policy(self.cfg))
+        routings = []
+        for layer, kind in enumerate(kinds):
+            name = f"block_{layer}"
+            layer_key = None if keys is None else keys[layer]
+            x, routing = block(*self._fields(kind, cache_length), name=name)(x, layer_key, shared)
+            routings += [] if routing is None else [routing]
+        return x, jax.tree.map(lambda *parts: sum(parts), *routings) if routings else None
+
+    def _stacked(
+        self,
+        name: str,
+        kinds: Sequence[LayerKind],
+        x: jax.Array,
+        keys: jax.Array | None,
+        shared: Shared,
+        cache_length: int,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Layers whose parameters, and caches, lie stacked under `name`."""
+        if self.is_initializing():  # all kinds have the same parameters
+            scanned = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=len(kinds),
+                metadata_params={nn.PARTITION_NAME: "first_layers" if name == "first_blocks" else "layers"},
+            )
+            x, routings = scanned(*self._fields(kinds[0], cache_length), name=name)(x, keys, shared)
+            return x, jax.tree.map(lambda parts: parts.sum(0), routings)
+        params = self.get_variable("params", name)
+        if self.layout.stages > 1 and not cache_length and name == "blocks":
+            return self._pipeline(kinds, params, x, keys, shared)
+
+        def layer(kind: LayerKind, x: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:
+            params, key, cache = of_layer
+            return self._block(kind, cache_length)(params, x, key, shared, cache)
+
+        cache = self.get_variable("cache", name) if cache_length else None
+        x, (routings, cache) = over_layers(layer, kinds, x, (params, keys, cache))
+        if cache_length:
+            self.put_variable("cache", name, cache)
         return x, jax.tree.map(lambda parts: parts.sum(0), routings)
 
-    def _pipeline(self, x: jax.Array, keys: jax.Array | None, shared: Shared) -> tuple[jax.Array, Routing | None]:
-        cfg, layout = self.cfg, self.layout
-        module = Block(cfg, layout, self.precision, parent=None)
-        policy = None
+    def _fields(self, kind: LayerKind, cache_length: int) -> tuple:
+        return self.cfg, self.layout, self.precision, kind, cache_length
 
-        def block(params: Any, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Any]:
-            return module.apply({"params": params}, x, key, shared)
+    def _block(self, kind: LayerKind, cache_length: int = 0) -> Callable[..., Any]:
+        """(params, x, key, shared, cache) to (x, (routing, cache)), rematerialised as the config says."""
+        module = Block(*self._fields(kind, cache_length), parent=None)
 
-        if cfg.remat != "none":
-            policy = remat_policy(cfg)
-            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        def block(params: Any, x: jax.Array, key: jax.Array | None, shared: Shared, cache: Any = None) -> Any:
+            if not cache_length:
+                x, routing = module.apply({"params": params}, x, key, shared)
+                return x, (routing, None)
+            variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+            (x, routing), changed = module.apply(variables, x, key, shared, mutable=["cache"])
+            return x, (routing, changed["cache"])
+
+        if self.cfg.remat == "none":
+            return block
+        # Inside a loop the loop itself keeps XLA from merging the recomputation with the forward pass; not so beside it.
+        in_loop = not self.cfg.layer_pattern
+        return jax.checkpoint(block, policy=remat_policy(self.cfg), prevent_cse=not in_loop)
+
+    def _pipeline(
+        self, kinds: Sequence[LayerKind], params: Any, x: jax.Array, keys: jax.Array | None, shared: Shared
+    ) -> tuple[jax.Array, Routing | None]:
+        layout = self.layout
+
+        def block(kind: LayerKind, *arguments: Any) -> tuple[jax.Array, Any]:
+            x, (routing, _) = self._block(kind)(*arguments)
+            return x, routing
+
         return pipeline(
             block,
-            self.get_variable("params", "blocks"),
+            kinds,
+            params,
             x,
             keys,
             shared,
             batched=has_rows(shared),
-            policy=policy,
+            policy=None if self.cfg.remat == "none" else remat_policy(self.cfg),
             stages=layout.stages,
             repeats=layout.stage_repeats,
             microbatches=layout.stage_microbatches,

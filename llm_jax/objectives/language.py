@@ -27,13 +27,14 @@ class LanguageObjective:
     segments: bool = True  # rows hold several documents; without, masks are plain causal ones
     chunk: int = 0  # tokens of a row whose logits exist at a time; 0: all
     moe: MoEConfig = MoEConfig()  # its terms are means over real tokens and layers
-    num_layers: int = 1
+    num_layers: int = 1  # with experts
 
     @classmethod
     def make(cls, cfg: Config) -> "LanguageObjective":
         train, model = cfg.train, cfg.model
         segments = cfg.data.mask_documents
-        return cls(train.z_loss, train.label_smoothing, segments, train.loss_chunk, model.moe, model.num_layers)
+        layers = model.num_layers - model.moe.dense_layers
+        return cls(train.z_loss, train.label_smoothing, segments, train.loss_chunk, model.moe, layers)
 
     def coefficients(self) -> dict[str, float]:
         """Of each term that is reported; the loss is the sum of those times their means."""

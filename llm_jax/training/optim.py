@@ -75,7 +75,7 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
 
 # --------------------------------------------------------------------------------------- what a parameter is
 
-STACKS = ("layers", "expert")  # leading axes along which independent tensors are stacked
+STACKS = ("layers", "first_layers", "expert")  # leading axes along which independent tensors are stacked
 TABLES = ("vocab", "position", "buckets")  # an axis of these makes a look-up table or an output head
 
 

@@ -24,7 +24,7 @@ CONFIGS = {
     ),
     "llama, layers unrolled": DecoderConfig(
         vocab_size=1000, vocab_multiple=128, num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=2, mlp_dim=192,
-        tie_embeddings=False, qk_norm=True, scan_layers=False,
+        tie_embeddings=False, qk_norm="head", scan_layers=False,
     ),
     "relative positions, post-norm": DecoderConfig(
         vocab_size=1000, num_layers=2, embed_dim=64, num_heads=8, positions="relative", norm_placement="post",

@@ -52,7 +52,7 @@ CASES = {  # name: (transformers' class, what it adds to THEIRS, what ours adds 
     ),
     "Mistral": ("Mistral", dict(sliding_window=5), dict(sliding_window=5)),
     "Qwen 2": ("Qwen2", {}, dict(bias="qkv")),
-    "Qwen 3": ("Qwen3", dict(head_dim=16), dict(qk_norm=True, head_dim=16)),
+    "Qwen 3": ("Qwen3", dict(head_dim=16), dict(qk_norm="head", head_dim=16)),
 }  # fmt: skip
 
 

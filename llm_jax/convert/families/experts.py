@@ -45,7 +45,7 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
         "balance_loss": keys.take("router_aux_loss_coef", 0.001),
     }
     found = read_common(keys, mlp_dim="moe_intermediate_size", kv_heads=4, max_length=32_768)
-    return found | {"moe": moe, "qk_norm": True, "sliding_window": read_window(keys, found["num_layers"], 28)}
+    return found | {"moe": moe, "qk_norm": "head", "sliding_window": read_window(keys, found["num_layers"], 28)}
 
 
 def write_qwen3_moe(cfg: DecoderConfig) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def attention_rules(cfg: DecoderConfig) -> Iterator[Rule]:
     for name, short in (("query", "q"), ("key", "k"), ("value", "v")):
         yield from linear(f"{theirs}.{short}_proj", f"{ours}/{name}", bias=cfg.bias in ("qkv", "all"))
     yield from linear(f"{theirs}.o_proj", f"{ours}/out", bias=cfg.bias == "all")
-    if cfg.qk_norm:
+    if cfg.qk_norm != "none":
         yield Rule.of(f"{theirs}.q_norm.weight", f"{ours}/query_norm/scale")
         yield Rule.of(f"{theirs}.k_norm.weight", f"{ours}/key_norm/scale")
 

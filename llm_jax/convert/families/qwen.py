@@ -45,7 +45,7 @@ def read_qwen3(keys: Keys) -> dict[str, Any]:
     reason = "model.bias can be none, qkv or all, and this asks for biases of query, key, value and output alone"
     keys.only("attention_bias", False, default=False, reason=reason)
     found = read_common(keys, kv_heads=32, head_dim=128, max_length=32_768)
-    return found | {"qk_norm": True, "sliding_window": read_window(keys, found["num_layers"], 28)}
+    return found | {"qk_norm": "head", "sliding_window": read_window(keys, found["num_layers"], 28)}
 
 
 def write_qwen3(cfg: DecoderConfig) -> dict[str, Any]:
