@@ -31,6 +31,7 @@ PARAMETER_RULES: Rules = (
     ("mlp", ("tensor",)),
     ("expert", ("expert",)),
     ("router", ()),
+    ("adapter", ()),
     ("layers", ("stage",)),
     ("first_layers", ()),  # before the pipeline: every stage computes them
     ("position", ()),
@@ -50,6 +51,7 @@ ACTIVATION_RULES: Rules = (
     ("kv_heads", ("tensor",)),
     ("head_dim", ()),
     ("mlp", ("tensor",)),
+    ("adapter", ()),
     ("vocab", ("tensor", "stage")),
     ("position", ()),
     ("buckets", ()),

@@ -33,6 +33,7 @@ RELATIVE = dict(positions="relative", relative_buckets=8, relative_max_distance=
 EXPERTS = dict(moe=dict(num_experts=4, top_k=2))
 GROUPS = dict(moe=dict(num_experts=4, top_k=2, groups=2))
 LATENT = dict(latent=dict(kv_rank=8, rope_dim=2))
+ADAPTERS = dict(lora=dict(rank=3))
 SAVE = dict(remat="names", remat_save=("query",))
 
 # key: (config it is changed in, new value, what changes)
@@ -97,6 +98,10 @@ KEYS = {
     "moe.balance_bias": (EXPERTS, True, "parameters"),
     "moe.renormalize": (EXPERTS, False, "loss"),
     "moe.capacity_factor": (EXPERTS, 0.5, "loss"),
+    "lora.rank": ({}, 3, "parameters"),
+    "lora.alpha": (ADAPTERS, 1.0, "loss"),
+    "lora.rank_stabilized": (ADAPTERS, True, "loss"),
+    "lora.targets": (ADAPTERS, ("query",), "parameters"),
     "dropout.embedding": ({}, 0.5, "loss"),
     "dropout.attention": ({}, 0.5, "loss"),
     "dropout.attention_output": ({}, 0.5, "loss"),

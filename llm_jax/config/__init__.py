@@ -22,6 +22,7 @@ from llm_jax.config.schema import (
     GenerateConfig,
     LatentConfig,
     LogConfig,
+    LoraConfig,
     MaskingConfig,
     MeshConfig,
     ModelConfig,

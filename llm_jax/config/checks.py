@@ -3,6 +3,7 @@
 `schema.py` gives each key its own range; here stands what depends on two or more of them.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from llm_jax.config.schema import (
     Config,
     DataConfig,
     LatentConfig,
+    LoraConfig,
     MoEConfig,
     OptimConfig,
     SourceConfig,
@@ -144,6 +146,7 @@ def check_model(model: TransformerConfig) -> None:
     check_latent(model)
     check_experts(model)
     check_remat(model)
+    check_lora(model.lora)
     if model.bias == "all" and model.norm == "layernorm" and model.norm_scale == "none":
         raise refuse(
             "model.norm_scale",
@@ -222,6 +225,22 @@ def check_experts(model: TransformerConfig) -> None:
         if not moe.num_experts and value != getattr(default, name):
             reason = "model.moe.num_experts is 0, so there are no experts"
             raise refuse(f"model.moe.{name}", value, reason, "set model.moe.num_experts, or leave this out")
+
+
+def check_lora(lora: LoraConfig) -> None:
+    default = LoraConfig()
+    for field in dataclasses.fields(lora):
+        value = getattr(lora, field.name)
+        if not lora.rank and value != getattr(default, field.name):
+            reason = "model.lora.rank is 0, so there are no adapters"
+            raise refuse(f"model.lora.{field.name}", value, reason, "set model.lora.rank, or leave this out")
+    if not lora.targets:
+        raise refuse("model.lora.targets", (), "nothing would have adapters", 'leave it out for all: (".*",)')
+    for pattern in lora.targets:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise refuse("model.lora.targets", pattern, f"it is no regular expression ({error})", "mend it") from None
 
 
 def check_remat(model: TransformerConfig) -> None:

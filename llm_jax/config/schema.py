@@ -80,6 +80,23 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the blocks' linear layers (Hu et al. 2021, arXiv 2106.09685): they alone train.
+
+    y = x W + s (x A) B with A (in, rank), from U(+-1/sqrt(in)), and B (rank, out), from 0: both in at least float32.
+    """
+
+    rank: int = at_least(0, 0)  # 0: no adapters
+    alpha: float = positive(16.0)  # s = alpha / rank
+    rank_stabilized: bool = False  # s = alpha / sqrt(rank) (arXiv 2312.03732)
+    targets: tuple[str, ...] = (".*",)  # patterns of linear layers' names, as "query", "value", "up|gate|down"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """A mixture of experts in place of each block's MLP (Shazeer et al. 2017, arXiv 1701.06538; Mixtral)."""
 
@@ -139,6 +156,7 @@ class TransformerConfig:
     attention_output_scale: float = positive(1.0)  # factor on each attention block's output
     latent: LatentConfig = nested(LatentConfig)
     moe: MoEConfig = nested(MoEConfig)
+    lora: LoraConfig = nested(LoraConfig)
     dropout: DropoutConfig = nested(DropoutConfig)
     init: str = one_of("normal", "torch")  # torch: linear layers U(+-1/sqrt(fan_in)), as torch.nn.Linear
     init_std: float = positive(0.02)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from llm_jax.config import TransformerConfig
+from llm_jax.config import LoraConfig, TransformerConfig
 from llm_jax.kernels.elementwise import normalize
+from llm_jax.models.lora import has_adapter
 from llm_jax.models.quantize import quantized_product
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
@@ -52,7 +53,10 @@ def linear_init(cfg: TransformerConfig, *, residual: bool = False) -> nn.initial
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis: (B, T, in) to (B, T, out)."""
+    """y = x W + b over the last axis: (B, T, in) to (B, T, out).
+
+    With adapters, where the model's config asks for them by this layer's name, y = x W + b + s (x A) B.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -62,18 +66,42 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.weights(x.shape[-1])
+        kernel, bias, adapter = self._parameters(x.shape[-1], self._lora())
         y = product(x, kernel.astype(x.dtype), self.layout, numbers=self.precision.products)
+        if adapter is not None:
+            a, b = (matrix.astype(x.dtype) for matrix in adapter)
+            low = self.layout(product(x, a, self.layout), "batch", *("length",) * (x.ndim - 2), "adapter")
+            y = y + self._lora().scale * product(low, b, self.layout)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
-    @nn.compact
     def weights(self, size: int) -> tuple[jax.Array, jax.Array | None]:
-        """W (size, features), and b (features,) or None."""
-        kernel = self.param("kernel", named(self.initializer, *self.axes), (size, self.features), self.precision.params)
-        if not self.use_bias:
-            return kernel, None
-        zeros = named(nn.initializers.zeros, self.axes[1])
-        return kernel, self.param("bias", zeros, (self.features,), self.precision.params)
+        """W (size, features), and b (features,) or None: of a layer that is used otherwise, and has no adapter."""
+        return self._parameters(size, None)[:2]
+
+    def _lora(self) -> LoraConfig | None:
+        """The adapter's settings: of the module that this layer belongs to."""
+        lora = getattr(getattr(self.parent, "cfg", None), "lora", None)
+        return lora if lora is not None and has_adapter(lora, self.name) else None
+
+    @nn.compact
+    def _parameters(
+        self, size: int, lora: LoraConfig | None
+    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array] | None]:
+        """W (size, features), b (features,) or None, and A (size, rank) and B (rank, features) or None."""
+        kept = self.precision.params
+        kernel = self.param("kernel", named(self.initializer, *self.axes), (size, self.features), kept)
+        bias, adapter = None, None
+        if self.use_bias:
+            bias = self.param("bias", named(nn.initializers.zeros, self.axes[1]), (self.features,), kept)
+        if lora is not None:  # what trains is kept in at least float32: in bfloat16 small updates would be lost
+            wide = jnp.promote_types(kept, jnp.float32)
+            uniform = named(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), self.axes[0], "adapter")
+            zeros = named(nn.initializers.zeros, "adapter", self.axes[1])
+            adapter = (
+                self.param("lora_a", uniform, (size, lora.rank), wide),
+                self.param("lora_b", zeros, (lora.rank, self.features), wide),
+            )
+        return kernel, bias, adapter
 
 
 def product(

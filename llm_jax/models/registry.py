@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from llm_jax.config import ModelConfig
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.layers import Axes
+from llm_jax.models.lora import check_targets
 from llm_jax.models.quantize import require_library
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -39,7 +40,9 @@ class Model:
 
     @functools.cached_property
     def _abstract(self) -> Any:
-        return jax.eval_shape(self._boxed, jax.random.key(0))  # traces the whole model, so once
+        found = jax.eval_shape(self._boxed, jax.random.key(0))  # traces the whole model, so once
+        check_targets(self.cfg.lora, nn.unbox(found))
+        return found
 
     def apply(self, params: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """The module's `__call__`, or another method."""

@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from llm_jax import distributed
 from llm_jax.config import CheckpointConfig
 from llm_jax.errors import CorruptCheckpointError, UserError
+from llm_jax.models.lora import is_adapter
 from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
 from llm_jax.training.arrays import by_path, load, nested, rebuild
@@ -340,6 +341,11 @@ def start(cfg: CheckpointConfig, checkpointer: Checkpointer, abstract_state: Tre
         return _whole_state(cfg.resume_from, steps(cfg.resume_from), abstract_state, "begins with the whole state of")
     if cfg.init_from:
         return _parameters_only(cfg.init_from, abstract_state, init)
+    if any(map(is_adapter, by_path(abstract_state.params))):
+        raise UserError(
+            "model.lora trains adapters alone, and this run would start from random numbers: give the run that they "
+            "adapt with checkpoint.init_from (llm-jax convert makes one of a Hugging Face checkpoint)"
+        )
     return Start(init(), None, 0, f"{workdir} begins from scratch")
 
 
@@ -370,12 +376,37 @@ def _as_saved(workdir: str, abstract_params: Tree) -> Tree:
 
 
 def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
+    """The parameters of another run; adapters (`model.lora`) that it has not start afresh."""
     _check_there(workdir, None)
-    state = dataclasses.replace(init(), params=None)  # the fresh parameters go before the others come
-    params, step = restore_params(workdir, None, _as_saved(workdir, abstract_state.params))
-    params = jax.tree.map(lambda p, wanted: p.astype(wanted.dtype), params, abstract_state.params)
+    state = init()
+    fresh = _fresh_adapters(workdir, by_path(state.params))
+    state = dataclasses.replace(state, params=None)  # the other fresh parameters go before their successors come
+    wanted = {path: leaf for path, leaf in by_path(abstract_state.params).items() if path not in fresh}
+    found, step = restore_params(workdir, None, _as_saved(workdir, nested(wanted)))
+    found = {path: leaf.astype(wanted[path].dtype) for path, leaf in by_path(found).items()}
+    params = rebuild(abstract_state.params, found | fresh)
     state = dataclasses.replace(state, params=params)
     if state.ema is not None:  # a copy, for both are donated; it may be wider than the parameters
         copy = lambda p, old: jax.device_put(jnp.array(p, old.dtype), old.sharding)  # noqa: E731
         state = dataclasses.replace(state, ema=jax.tree.map(copy, params, state.ema))
-    return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}")
+    more = f" and {len(fresh)} fresh arrays of adapters (model.lora)" if fresh else ""
+    return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}{more}")
+
+
+def _fresh_adapters(workdir: str, params: Arrays) -> Arrays:
+    """The adapters among fresh `params`, where the run in `workdir` has none.
+
+    Raises UserError where it has some and this one has not: they would be left out in silence.
+    """
+    try:
+        saved = read_record(_folder(workdir) / str(steps(workdir)[-1]))["arrays"]
+    except DamagedCheckpoint:
+        return {}  # whoever loads it says so
+    there = any(map(is_adapter, saved))
+    fresh = {path: leaf for path, leaf in params.items() if is_adapter(path)}
+    if there and not fresh:
+        raise UserError(
+            f"checkpoint.init_from={workdir}: that run has adapters, and this one has none (model.lora.rank is 0). Set "
+            "model.lora as there, or merge them first: llm-jax convert --from=RUN --to=hf:PATH, and back"
+        )
+    return {} if there else fresh

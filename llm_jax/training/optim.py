@@ -10,6 +10,7 @@ Weight decay is decoupled for every optimizer: p <- p * (1 - learning_rate * wei
 import difflib
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import optax
 from llm_jax.config.checks import check_optim, warmup_updates
 from llm_jax.config.schema import OptimConfig
 from llm_jax.errors import ConfigError
+from llm_jax.models.lora import is_adapter
 from llm_jax.precision import at_least_float32
 from llm_jax.sharding import path_name
 
@@ -107,8 +109,11 @@ def decay_mask(cfg: OptimConfig, axes: Tree) -> Tree:
 
 
 def trainable_mask(cfg: OptimConfig, shapes: Tree) -> Tree:
-    """False at the parameters that a pattern of `cfg.freeze` names."""
+    """False at the parameters that a pattern of `cfg.freeze` names, and in a model with adapters at all others."""
     frozen = matching_mask("optim.freeze", cfg.freeze, shapes)
+    if any(map(is_adapter, paths(shapes))):
+        base = _map_paths(lambda path: not is_adapter(path), shapes)
+        frozen = jax.tree.map(operator.or_, frozen, base)
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optim.freeze={cfg.freeze} freezes every parameter, so nothing would train; narrow it")
     return jax.tree.map(lambda there: not there, frozen)
@@ -194,7 +199,7 @@ def make(cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree) -> opta
         optax.scale_by_learning_rate(learning_rate(cfg, total_updates)),
     ]
     tx = optax.chain(*(part for part in parts if part is not None))
-    if cfg.freeze:
+    if not all(jax.tree.leaves(trainable)):
         labels = jax.tree.map(lambda train: "trained" if train else "frozen", trainable)
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     return _at_least_float32(tx)
