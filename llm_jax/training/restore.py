@@ -64,9 +64,9 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes = model.shapes()
     shardings = layout.parameter_shardings(shapes, model.axes())
-    name, lowest = ("ema", jnp.float32) if cfg.train.ema_decay else ("params", cfg.precision.params)  # as state.fresh
-    dtype = jnp.promote_types(cfg.precision.params, lowest)
-    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), shapes, shardings)
+    name, wide = ("ema", True) if cfg.train.ema_decay else ("params", False)
+    kept = lambda dtype: jnp.promote_types(dtype, jnp.float32) if wide else dtype  # noqa: E731 as state.fresh
+    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, kept(s.dtype), sharding=at), shapes, shardings)
     params, step = checkpoint.restore_params(workdir, step, abstract, name)
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
 
