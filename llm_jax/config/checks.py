@@ -21,6 +21,7 @@ from llm_jax.config.schema import (
     SourceConfig,
     TransformerConfig,
 )
+from llm_jax.config.tasks import ONLY_WITH_TASK, check_task
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -46,8 +47,10 @@ ONLY_WITH = (
     ("optim.cooldown_ratio", "optim.schedule", ("wsd",)),
     ("data.long_documents", "data.packing", ("first_fit", "best_fit")),
     ("model.remat_save", "model.remat", ("names",)),
+    ("optim.bias_correction", "optim.name", ("adamw", "lamb")),
+    *ONLY_WITH_TASK,
 )
-GATED = ("swiglu", "geglu", "clamped_swiglu")
+GATED = ("swiglu", "geglu", "geglu_erf", "clamped_swiglu")
 NEEDS_LATENT = ("query_rank", "rope_dim", "value_dim")
 
 
@@ -59,6 +62,7 @@ def check(cfg: Config) -> None:
     check_optim(cfg.optim, run_steps(cfg))
     check_mesh(cfg.mesh)
     check_splits(cfg, {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES})
+    check_task(cfg)
     check_unread_keys(cfg)
 
 

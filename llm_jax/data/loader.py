@@ -14,9 +14,11 @@ import numpy as np
 from absl import flags
 
 from llm_jax.config.schema import DataConfig
+from llm_jax.data.labelled import texts_a_record
 from llm_jax.data.mixture import LocalBatches, Mixture, collect, fingerprint, make_mixture, order_facts, tables_of_bytes
 from llm_jax.data.packing import ConcatRows, PackedRows, Rows
 from llm_jax.data.shuffle import draw, stream_key
+from llm_jax.data.tasks import Stream, TaskBatches, evaluation, make_stream
 from llm_jax.errors import ConfigError, DataError, UserError
 
 _GROUP_TOKENS = 2**15  # about as many are assembled at once
@@ -35,20 +37,23 @@ class BatchLayout(Protocol):
 
 
 class TrainLoader:
-    """Endless iterator over global batches: dicts of (B, T) arrays with the features of packing.py.
+    """Endless iterator over global batches: dicts of arrays with the features of packing.py or of the task's rows.
 
     Attributes:
-      mixture: the stream, on the host.
+      mixture: the stream, on the host: a `Mixture`, or the `Stream` of another task than language.
       samples: drawn so far, those before a restore included.
       data_wait_seconds: time spent in `next` so far: waiting for a batch and handing it to the devices.
     """
 
-    def __init__(self, mixture: Mixture, facts: dict[str, str], cfg: DataConfig, batch_size: int, layout: BatchLayout):
+    def __init__(
+        self, mixture: Mixture | Stream, facts: dict[str, str], cfg: DataConfig, batch_size: int, layout: BatchLayout
+    ):
         self.mixture = mixture
         self.samples = 0
         self.data_wait_seconds = 0.0
         self._facts, self._cfg = facts, cfg
         self._batch_size, self._layout = batch_size, layout
+        self._batch_rows = batch_size * getattr(mixture, "rows_a_sample", 1)
         self._places = self._padding = 0
         self._batches: Iterator[Rows] | None = None  # made by the first `next`
         self._closed = False
@@ -76,7 +81,7 @@ class TrainLoader:
             local = next(self._batches)
             if self._cfg.workers:  # the arrays lie in memory that Grain unmaps; JAX may use host memory as it is
                 local = {name: np.array(array) for name, array in local.items()}
-            batch = self._layout.put_batch(local, self._batch_size)
+            batch = self._layout.put_batch(local, self._batch_rows)
         except BaseException:
             self._stop_reading()  # Grain would go on behind the batch that failed, and lose it in silence
             raise
@@ -120,9 +125,12 @@ class TrainLoader:
             groups.close()
 
     def _groups(self) -> Any:
-        cfg, rows = self._cfg, self._layout.batch_rows(self._batch_size)
-        group = max(min(_GROUP_TOKENS // (len(rows) * cfg.sequence_length), cfg.prefetch // 2), 1)
-        source = LocalBatches(self.mixture, self._batch_size, rows, self.samples, group)
+        cfg, rows = self._cfg, self._layout.batch_rows(self._batch_rows)
+        if isinstance(self.mixture, Mixture):
+            group = max(min(_GROUP_TOKENS // (len(rows) * cfg.sequence_length), cfg.prefetch // 2), 1)
+            source: Any = LocalBatches(self.mixture, self._batch_size, rows, self.samples, group)
+        else:
+            group, source = 1, TaskBatches(self.mixture, self._batch_size, rows, self.samples)
         # Batches, not rows, are dealt to workers, and Grain puts theirs in turn: so their number changes nothing.
         ahead = -(-cfg.prefetch // (group * max(cfg.workers, 1)))
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
@@ -151,6 +159,14 @@ def make_train(stores: Sequence[Any], cfg: DataConfig, batch_size: int, seed: in
     Raises:
       DataError: there are fewer tokens than one batch holds, or a source has not one row.
     """
+    if cfg.task != "language":
+        stream = make_stream(stores, cfg, seed)
+        if stream.epoch_rows < batch_size:
+            raise DataError(
+                f"The training data make {stream.epoch_rows:,} rows, fewer than one batch of {batch_size}: lower "
+                "train.global_batch_size, or give more data."
+            )
+        return TrainLoader(stream, stream.facts, cfg, batch_size, layout)
     mixture = make_mixture(stores, cfg, seed)
     tokens = sum(rows.num_tokens for rows in mixture.sources.values())
     needed = batch_size * cfg.sequence_length
@@ -236,9 +252,24 @@ class EvalSet:
         return collect(self._sources, source, make)
 
 
+class TaskEvalSet:
+    """The validation batches of a task other than language: the same ones at each call."""
+
+    def __init__(
+        self, stores: Sequence[Any], cfg: DataConfig, batch_size: int, batches: int, seed: int, layout: BatchLayout
+    ):
+        self._rows, self._layout = evaluation(stores, cfg, batch_size, batches, seed), layout
+        self._batch_rows = batch_size * texts_a_record(cfg)
+
+    def at(self, call: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches, whatever the number of the call."""
+        for rows in self._rows(self._layout.batch_rows):
+            yield self._layout.put_batch(rows, self._batch_rows)
+
+
 def make_eval(
     stores: Sequence[Any], cfg: DataConfig, batch_size: int, batches: int, sampling: str, seed: int, layout: BatchLayout
-) -> EvalSet:
+) -> EvalSet | TaskEvalSet:
     """The evaluation batches of prepared stores (`store.Store`); always rows in the order of the text (concat).
 
     Args:
@@ -250,6 +281,8 @@ def make_eval(
       DataError: no source has a validation split, or all are too short.
       ConfigError: random sampling without a number of batches.
     """
+    if cfg.task != "language":
+        return TaskEvalSet(stores, cfg, batch_size, batches, seed, layout)
     if sampling == "random" and not batches:
         raise ConfigError("eval.batches=0: eval.sampling='random' knows no whole set; give the number of batches.")
     held_out = [store for store in stores if "validation" in store.manifest["splits"]]

@@ -45,8 +45,12 @@ def permute(numbers: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 def draw(numbers: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """(n,) int64: independent draws from range(size), one for each of the non-negative `numbers`. `size` < 2**53."""
-    uniform = (_mix(key[0] + numbers.astype(np.uint64) * _STEP) >> np.uint64(11)) * 2.0**-53
-    return np.minimum((uniform * size).astype(np.int64), size - 1)  # the product may be rounded up to size
+    return np.minimum((uniform(numbers, key) * size).astype(np.int64), size - 1)  # the product may round up to size
+
+
+def uniform(numbers: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Float64 of the shape of the non-negative `numbers`: an independent draw from [0, 1) for each of them."""
+    return (_mix(key[0] + numbers.astype(np.uint64) * _STEP) >> np.uint64(11)) * 2.0**-53
 
 
 def _feistel(numbers: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:

@@ -135,7 +135,7 @@ def vocab_size(cfg: DataConfig) -> int:
     """The vocabulary that `prepare` would give; only a character tokenizer needs the data to tell."""
     if cfg.tokenizer == "byte":
         return tokenizers.ByteTokenizer().vocab_size
-    if cfg.tokenizer == "bpe":
+    if cfg.tokenizer in ("bpe", "wordpiece"):
         return cfg.tokenizer_vocab_size
     if cfg.tokenizer in ("char", "none"):
         return prepare(cfg)[0].tokenizer.vocab_size

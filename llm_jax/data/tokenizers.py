@@ -21,7 +21,7 @@ INFO = "tokenizer_info.json"
 CHARACTERS_AN_ENTRY = 2_000  # of text that a BPE is trained on, at most: a larger vocabulary needs more
 UNKNOWN = "\ufffd".encode()  # what an id beyond the vocabulary decodes to
 END_OF_TEXT = "<|endoftext|>"
-EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")  # in this order of preference
+EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")  # in this order of preference
 
 
 class Tokenizer(abc.ABC):
@@ -179,7 +179,20 @@ class JsonTokenizer(Tokenizer):
         self._added = self._library.get_added_tokens_decoder()  # id -> token beside the model's vocabulary
         special = {token.content: id for id, token in self._added.items() if token.special}
         self.eos_id = next((special[name] for name in EOS_NAMES if name in special), None)
+        self.special_ids = special  # {"[CLS]": 101, ...}
         self._lines_are_apart = not self._spec.get("normalizer") and self._pre_tokens_end_at_lines()
+
+    @property
+    def content(self) -> str:
+        """The file's text."""
+        return self._content
+
+    def continues_word(self) -> np.ndarray:
+        """(vocab_size,) bool: the pieces that go on with the word of the piece before ("##ing")."""
+        begun = np.zeros(self.vocab_size, bool)
+        for token, id in self._library.get_vocab(with_added_tokens=False).items():
+            begun[id] = token.startswith("##")
+        return begun
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         pieces: list[str] = []
@@ -264,6 +277,25 @@ class JsonTokenizer(Tokenizer):
 
     def _files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._content.encode()}
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """An uncased WordPiece tokenizer with BERT's special tokens, [PAD] being id 0 (arXiv 1810.04805). The same texts
+    give the same tokenizer. It has fewer than `vocab_size` tokens where the texts have too few repetitions."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    library = LibraryTokenizer(models.WordPiece(unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    library.train_from_iterator((piece for text in texts for piece in line_pieces(text)), trainer)
+    library.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return JsonTokenizer(library.to_str())
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -357,8 +389,8 @@ def read(path: str) -> Tokenizer:
         return load(path)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"data.tokenizer={path!r} is neither byte, char, bpe, none nor a file: give the path of a tokenizer.json "
-            "or of a SentencePiece .model."
+            f"data.tokenizer={path!r} is neither byte, char, bpe, wordpiece, none nor a file: give the path of a "
+            "tokenizer.json or of a SentencePiece .model."
         )
     with open(path, "rb") as stream:
         content = stream.read()

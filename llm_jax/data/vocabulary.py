@@ -18,7 +18,7 @@ from llm_jax.data.tokenizers import CHARACTERS_AN_ENTRY, Tokenizer
 from llm_jax.data.writer import Job
 from llm_jax.errors import ConfigError, DataError
 
-_MADE_HERE = ("char", "bpe")
+_MADE_HERE = ("char", "bpe", "wordpiece")
 
 
 def recipe(cfg: DataConfig, jobs: list[Job]) -> Any:
@@ -27,9 +27,9 @@ def recipe(cfg: DataConfig, jobs: list[Job]) -> Any:
         return cfg.tokenizer
     if cfg.tokenizer == "char":
         return ["char", cfg.eos != "none", [job.identity() for job in jobs]]
-    if cfg.tokenizer == "bpe":
+    if cfg.tokenizer in ("bpe", "wordpiece"):
         settings = [cfg.tokenizer_vocab_size, CHARACTERS_AN_ENTRY]
-        return ["bpe", settings, [[job.share, job.identity()] for job in jobs]]
+        return [cfg.tokenizer, settings, [[job.share, job.identity()] for job in jobs]]
     return ["file", tokenizers.content_hash(cfg.tokenizer)]
 
 
@@ -86,7 +86,8 @@ def _from_text(cfg: DataConfig, jobs: list[Job]) -> Tokenizer:
             raise DataError(f"{bad}. Correct it: without such records there is no text to take the characters from.")
         return tokenizers.CharTokenizer(characters, with_eos=cfg.eos != "none")
     sample = _training_sample(jobs, CHARACTERS_AN_ENTRY * cfg.tokenizer_vocab_size)
-    return tokenizers.train_bpe(sample, cfg.tokenizer_vocab_size)
+    train = tokenizers.train_bpe if cfg.tokenizer == "bpe" else tokenizers.train_wordpiece
+    return train(sample, cfg.tokenizer_vocab_size)
 
 
 def _first_bad_record(jobs: list[Job]) -> str:

@@ -174,6 +174,8 @@ class _Reader:
         return np.concatenate(arrays), starts[[not d.continues for d in documents]], size
 
     def _encode(self, documents: list[Document]) -> list[np.ndarray]:
+        if self.job.cfg.eos == "lines":
+            return self._encode_lines(documents)
         arrays = self.tokenizer.encode([d.text for d in documents])
         if self.token_bytes is not None:
             for document, ids in zip(documents, arrays, strict=True):
@@ -187,6 +189,14 @@ class _Reader:
         eos = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)
         ends = (lambda ids: (eos, ids)) if self.job.cfg.eos == "prepend" else (lambda ids: (ids, eos))
         return [np.concatenate(ends(ids)) for ids in arrays]
+
+    def _encode_lines(self, documents: list[Document]) -> list[np.ndarray]:
+        """Each line that is not blank with the end token behind it: what is made of sentences needs their borders."""
+        lines = [[line for line in document.text.splitlines() if line.strip()] for document in documents]
+        encoded = iter(self.tokenizer.encode([line for piece in lines for line in piece]))
+        end = np.array([self.tokenizer.eos_id], self.tokenizer.dtype)
+        arrays = [[part for _ in piece for part in (next(encoded), end)] for piece in lines]
+        return [np.concatenate(parts or [end]) for parts in arrays]
 
     def _require_known_ids(self, documents: list[Document]) -> None:
         limit = (1 << 32) if isinstance(self.tokenizer, NoTokenizer) else self.tokenizer.vocab_size

@@ -1,6 +1,7 @@
 """Next-token prediction as named loss terms, each (sum, weight, coefficient)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 from llm_jax.config import Config, MoEConfig
 from llm_jax.models.decoder import TokenLosses
 from llm_jax.models.registry import Model
-
-Batch = dict[str, jax.Array]
+from llm_jax.objectives.base import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,10 @@ class LanguageObjective:
         }
         return {name: weights[name] for name in self.coefficients()}
 
+    def tokens(self, batch: Batch) -> jax.Array:
+        """The targets that count."""
+        return batch["loss_weights"].sum()
+
     def sums(self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
         """Each term's sum over this batch, scalar."""
         found = self._losses(model, params, batch, dropout_key, self.label_smoothing)
@@ -87,6 +91,15 @@ class LanguageObjective:
         if "target_bytes" in batch:
             sums["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return sums
+
+    def results(self, totals: dict[str, float]) -> dict[str, float]:
+        """"loss" (nats a token), "accuracy", "tokens" and, where the tokenizer knows the bytes that each token stands
+        for, "bits_per_byte", which compares across tokenizers."""
+        tokens = max(totals["tokens"], 1e-9)
+        found = {"loss": totals["nats"] / tokens, "accuracy": totals["correct"] / tokens, "tokens": totals["tokens"]}
+        if totals.get("bytes"):
+            found["bits_per_byte"] = totals["nats"] / math.log(2) / totals["bytes"]
+        return found
 
     def _losses(
         self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None, smoothing: float = 0.0

@@ -30,7 +30,7 @@ from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
 from llm_jax.training.arrays import by_path, load, nested, rebuild
 from llm_jax.training.fingerprint import Arrays
-from llm_jax.training.record import DamagedCheckpoint, make_record, read_record, root_cause, some
+from llm_jax.training.record import RANK, DamagedCheckpoint, make_record, read_record, root_cause, some
 
 Tree = Any
 
@@ -45,7 +45,7 @@ def steps(workdir: str | os.PathLike[str]) -> list[int]:
 
 
 def best_step(workdir: str | os.PathLike[str]) -> int | None:
-    """Step of the checkpoint with the lowest evaluation loss, or None where none has one."""
+    """Step of the checkpoint with the best evaluation, or None where none has one."""
     losses = {step: _loss(_folder(workdir) / str(step)) for step in steps(workdir)}
     best = min(losses, key=lambda step: losses[step], default=None)
     return best if best is not None and losses[best] < math.inf else None
@@ -55,9 +55,13 @@ def _folder(workdir: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(workdir)) / "checkpoints"  # a relative path fails in Orbax's background, one save late
 
 
+def _rank(evaluation: Mapping[str, float]) -> float:
+    return evaluation.get(RANK, evaluation.get("eval/loss", math.inf))
+
+
 def _loss(path: Path) -> float:
     try:
-        return read_record(path)["metrics"].get("eval/loss", math.inf)
+        return _rank(read_record(path)["metrics"])
     except DamagedCheckpoint:
         return math.inf
 
@@ -193,7 +197,7 @@ class Checkpointer:
         Args:
           state: tree of arrays, all finite (the caller's duty).
           data_state: plain JSON; given back by `restore` as it is.
-          metrics: evaluation at this step, where there was one; "eval/loss" decides which checkpoints are best.
+          metrics: evaluation at this step, where there was one; RANK, or "eval/loss", decides which are best.
 
         Raises:
           UserError: this or the save before could not be written; older checkpoints are intact.
@@ -203,7 +207,7 @@ class Checkpointer:
             return
         arrays = by_path(state)
         record = make_record(step, arrays, data_state, metrics or {})
-        self._losses[step] = record["record"]["metrics"].get("eval/loss", math.inf)
+        self._losses[step] = _rank(record["record"]["metrics"])
         self._saving = step
         with self._named_errors():
             self._orbax.save_checkpointables_async(step, {"state": nested(arrays)}, custom_metadata=record, force=True)

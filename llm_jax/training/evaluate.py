@@ -1,19 +1,20 @@
-"""Loss, bits per byte and accuracy over a fixed held-out set."""
+"""The figures of a task over a fixed held-out set, and whether they still get better."""
 
-import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
-from llm_jax.config import Config
-from llm_jax.data import loader
-from llm_jax.data.store import Store
+from llm_jax.config import Config, EvalConfig
+from llm_jax.config.schema import LABELLED_TASKS
+from llm_jax.data import labelled_scores, loader
 from llm_jax.errors import ConfigError
 from llm_jax.models.registry import Model
-from llm_jax.objectives.language import Batch, LanguageObjective
+from llm_jax.objectives.base import Batch, Objective
 from llm_jax.sharding import Layout
+from llm_jax.training.record import RANK
 
 BATCHES_AHEAD = 4
 
@@ -25,11 +26,24 @@ class Batches(Protocol):
 
 
 class Evaluator:
-    """Evaluates parameters over a fixed set of batches, or over crops drawn for each step; compiled once."""
+    """Evaluates parameters over a fixed set of batches, or over crops drawn for each step; compiled once a shape.
 
-    def __init__(self, model: Model, objective: LanguageObjective, batches: Batches):
-        self.batches = batches
-        self._sums = jax.jit(lambda params, batch: objective.evaluation(model, params, batch))
+    Args:
+      measure: further figures, from the arrays that the objective keeps of every batch; None: there are none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        batches: Batches,
+        layout: Layout = Layout(),  # noqa: B008
+        measure: Callable[[list[dict[str, np.ndarray]]], dict[str, float]] | None = None,
+    ):
+        self.batches, self.objective, self.measure = batches, objective, measure
+        self._evaluate = jax.jit(  # replicated: every process reads all rows
+            lambda params, batch: objective.evaluation(model, params, batch), out_shardings=layout.replicated
+        )
 
     def __call__(self, params: Any, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Means over the whole set: sums are added up over all batches in float64 before anything is divided.
@@ -40,36 +54,34 @@ class Evaluator:
           progress: called after every batch.
 
         Returns:
-          "eval/loss" (nats a token), "eval/accuracy", "eval/tokens" and, where the tokenizer knows the bytes that each
-          token stands for, "eval/bits_per_byte", which compares across tokenizers.
+          "eval/loss" and the objective's and the task's other figures, each behind "eval/".
         """
         totals: dict[str, float] = defaultdict(float)
+        kept: list[dict[str, np.ndarray]] = []
         ahead: deque[dict[str, jax.Array]] = deque()  # some batches in flight: no wait, and memory for no more
         for batch in self.batches.at(step):
-            ahead.append(self._sums(params, batch))
+            ahead.append(self._evaluate(params, batch))
             if len(ahead) > BATCHES_AHEAD:
-                add(totals, ahead.popleft())
+                add(totals, kept, ahead.popleft())
             progress()
-        for sums in ahead:
-            add(totals, sums)
-        tokens = max(totals["tokens"], 1e-9)
-        results = {
-            "eval/loss": totals["nats"] / tokens,
-            "eval/accuracy": totals["correct"] / tokens,
-            "eval/tokens": totals["tokens"],
-        }
-        if totals.get("bytes"):
-            results["eval/bits_per_byte"] = totals["nats"] / math.log(2) / totals["bytes"]
-        return results
+        for found in ahead:
+            add(totals, kept, found)
+        results = self.objective.results(totals) | (self.measure(kept) if self.measure else {})
+        return {f"eval/{name}": value for name, value in results.items()}
 
 
-def add(totals: dict[str, float], sums: dict[str, jax.Array]) -> None:
-    for name, value in jax.device_get(sums).items():
-        totals[name] += float(value)
+def add(totals: dict[str, float], kept: list[dict[str, np.ndarray]], found: Mapping[str, jax.Array]) -> None:
+    """Scalars are added to the totals; the arrays of a batch are kept together."""
+    here = jax.device_get(dict(found))
+    for name, value in here.items():
+        if not np.ndim(value):
+            totals[name] += float(value)
+    if arrays := {name: value for name, value in here.items() if np.ndim(value)}:
+        kept.append(arrays)
 
 
 def make_evaluator(
-    cfg: Config, stores: Sequence[Store], model: Model, objective: LanguageObjective, layout: Layout
+    cfg: Config, stores: Sequence[Any], model: Model, objective: Objective, layout: Layout
 ) -> Evaluator:
     """The evaluation that `cfg.eval` describes, over the validation split of the stores.
 
@@ -86,4 +98,52 @@ def make_evaluator(
             f"share the batch; use a multiple of {layout.batch_shards}."
         )
     batches = loader.make_eval(stores, cfg.data, batch_size, cfg.eval.batches, cfg.eval.sampling, cfg.seed, layout)
-    return Evaluator(model, objective, batches)
+    return Evaluator(model, objective, batches, layout, measure_of(cfg, stores))
+
+
+def measure_of(cfg: Config, stores: Sequence[Any]) -> Callable[[list[dict[str, np.ndarray]]], dict[str, float]] | None:
+    """The figures of a labelled task, from the scores of its validation texts."""
+    if cfg.data.task not in LABELLED_TASKS:
+        return None
+    (store,) = stores
+    return lambda kept: labelled_scores.measures(cfg.data, store.names, store.validation, kept)
+
+
+# --------------------------------------------------------------------------------------- better, and for how long
+
+LOWER_IS_BETTER = ("loss", "pair_loss")
+
+
+def rank(evaluation: Mapping[str, float], best: str) -> float:
+    """The figure that `eval.best` names, turned so that lower is better. Raises ConfigError where there is none."""
+    value = evaluation.get(f"eval/{best}")
+    if value is None:
+        there = ", ".join(name.removeprefix("eval/") for name in evaluation if name.startswith("eval/"))
+        raise ConfigError(f"eval.best = {best!r}: the evaluation has no such figure; it has {there}")
+    return value if best in LOWER_IS_BETTER else -value
+
+
+class Judge:
+    """Which evaluation was the best so far, and whether it was long ago.
+
+    Args:
+      history: records of the run before; a run that goes on judges as if it had never stopped.
+    """
+
+    def __init__(self, cfg: EvalConfig, history: Sequence[Mapping[str, float]]):
+        self._cfg = cfg
+        self._ranks = [rank(record, cfg.best) for record in history if f"eval/{cfg.best}" in record]
+
+    def add(self, evaluation: Mapping[str, float]) -> dict[str, float]:
+        """Judge one more; returns it with what ranks its checkpoint, where that is not the loss."""
+        self._ranks.append(rank(evaluation, self._cfg.best))
+        return dict(evaluation) | ({} if self._cfg.best == "loss" else {RANK: self._ranks[-1]})
+
+    @property
+    def waited(self) -> int:
+        """Evaluations since the best one."""
+        return len(self._ranks) - 1 - int(np.argmin(self._ranks)) if self._ranks else 0
+
+    @property
+    def has_enough(self) -> bool:
+        return 0 < self._cfg.patience <= self.waited

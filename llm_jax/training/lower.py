@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from llm_jax.config import Config, run_steps
 from llm_jax.models import registry
-from llm_jax.objectives.language import Batch, LanguageObjective
+from llm_jax.objectives import registry as objectives
+from llm_jax.objectives.base import Batch
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import optim
@@ -33,7 +34,7 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
     state = train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)
     step = make_train_step(
         model,
-        LanguageObjective.make(cfg),
+        objectives.make(cfg),
         tx,
         optim.learning_rate(cfg.optim, steps),
         layout,

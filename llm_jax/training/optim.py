@@ -195,6 +195,7 @@ def make(cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree) -> opta
         _clip(cfg.clip_norm) if cfg.clip_norm else None,
         *_scale_by_optimizer(cfg, shapes, axes, depths, trainable),
         optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, axes)) if cfg.weight_decay else None,
+        _trust_ratio(depths, axes) if cfg.name == "lamb" else None,
         _scale_leaves(factors) if cfg.lr_multipliers else None,
         optax.scale_by_learning_rate(learning_rate(cfg, total_updates)),
     ]
@@ -217,8 +218,8 @@ def _scale_by_optimizer(
 ) -> list[optax.GradientTransformation]:
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     match cfg.name:
-        case "adamw":
-            return [adam]
+        case "adamw" | "lamb":
+            return [adam if cfg.bias_correction else _adam_as_it_starts(cfg)]
         case "lion":
             return [optax.scale_by_lion(cfg.beta1, cfg.beta2)]
         case "sgd":
@@ -229,6 +230,41 @@ def _scale_by_optimizer(
         case "muon":
             return [_muon(cfg, adam, shapes, axes, trainable)]
     raise ConfigError(f"optim.name={cfg.name!r} is not an optimizer")
+
+
+def _adam_as_it_starts(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Adam whose averages, zero at first, are used as they are: BERT's optimizer (google-research/bert)."""
+    base = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        _, state = base.update(updates, state, params)  # its own corrected update is not used, nor computed
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(base.init, update)
+
+
+def _trust_ratio(depths: Tree, axes: Tree) -> optax.GradientTransformation:
+    """Makes each tensor's update, layer by layer, as large as the tensor itself: LAMB (You et al. 2019, arXiv
+    1904.00962, algorithm 2). Norms and biases keep theirs, as in the authors' code. optax's own takes a stack of layers
+    for one tensor."""
+    adapts = _map_axes(lambda a: role(a) != "vector", axes)
+
+    def one(depth_adapts: tuple[int, bool], u: jax.Array, p: jax.Array) -> jax.Array:
+        depth, adapt = depth_adapts
+        if not adapt:
+            return u
+        norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(depth, x.ndim)), keepdims=True))  # noqa: E731
+        size, change = norm(p), norm(u)
+        return u * jnp.where((size > 0) & (change > 0), size / jnp.where(change > 0, change, 1.0), 1.0)
+
+    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+    table = jax.tree.map(lambda depth, adapt: (depth, adapt), depths, adapts)
+
+    def ratio(updates: Tree, params: Tree) -> Tree:
+        each = lambda entry, *nodes: jax.tree.map(functools.partial(one, entry), *nodes)  # noqa: E731
+        return jax.tree.map(each, table, updates, params, is_leaf=is_pair)
+
+    return optax.stateless(ratio)
 
 
 def _muon(

@@ -14,6 +14,7 @@ from llm_jax.errors import UserError
 from llm_jax.training.fingerprint import Arrays, fingerprint
 
 FORMAT = 1
+RANK = "rank"  # among an evaluation's figures: what ranks it, lower being better, where that is not the loss
 
 
 class DamagedCheckpoint(Exception):

@@ -15,11 +15,11 @@ from llm_jax import config, distributed, sharding
 from llm_jax.backend import start_backend
 from llm_jax.config import Config, MeshConfig
 from llm_jax.config.mesh import MESH_AXES, check_splits, mesh_sizes
-from llm_jax.data import store, tokenizers
+from llm_jax.data import store, tasks, tokenizers
 from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.models import registry
-from llm_jax.objectives.language import LanguageObjective
+from llm_jax.objectives import registry as objectives
 from llm_jax.precision import Precision
 from llm_jax.sharding import path_name
 from llm_jax.training import checkpoint, run_folder
@@ -43,7 +43,7 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint; None: the latest.
+      step: which checkpoint; None: the latest, or with checkpoint.use=best the best.
       overrides: "key=value" changes to its config, such as another mesh for another machine.
 
     Raises:
@@ -67,6 +67,8 @@ def restore(workdir: str, step: int | None = None, overrides: Sequence[str] = ()
     name, wide = ("ema", True) if cfg.train.ema_decay else ("params", False)
     kept = lambda dtype: jnp.promote_types(dtype, jnp.float32) if wide else dtype  # noqa: E731 as state.fresh
     abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, kept(s.dtype), sharding=at), shapes, shardings)
+    if step is None and cfg.checkpoint.use == "best":
+        step = checkpoint.best_step(workdir)
     params, step = checkpoint.restore_params(workdir, step, abstract, name)
     return TrainedModel(cfg, model, params, tokenizers.load(f"{workdir}/tokenizer"), step)
 
@@ -111,9 +113,9 @@ def splits_evenly(cfg: Config) -> bool:
 def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, float]:
     """`llm-jax evaluate`: the evaluation that the run itself makes at this step, or what `eval.*` overrides say."""
     run = restore(workdir, step, overrides)
-    stores = store.prepare(run.cfg.data)
+    stores = tasks.prepare(run.cfg.data)
     check_same_tokens(run, stores)
-    objective = LanguageObjective.make(run.cfg)
+    objective = objectives.make(run.cfg)
     evaluator = make_evaluator(run.cfg, stores, run.model, objective, run.model.module.layout)
     return {"step": run.step} | evaluator(run.params, run.step)
 

@@ -2,6 +2,7 @@
 
 config.json       the resolved config; `--config=RUN/config.json` runs it again
 tokenizer/        as the tokenizer saves itself
+labels.json       names of the labels by id, of a task that has labels
 parameters.json   path, shape, dtype and logical axes of every parameter
 sessions.json     one entry a start: versions, git revision, machine
 """
@@ -50,7 +51,8 @@ class Description:
     sessions: list[dict[str, Any]]
 
 
-def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any, shapes: Any, axes: Any) -> None:
+def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer: Any, shapes: Any, axes: Any,
+          labels: Sequence[str] = ()) -> None:  # fmt: skip
     """Describe the run in its folder (the main process does); every file is whole or not there.
 
     Args:
@@ -58,6 +60,7 @@ def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer:
       tokenizer: has `save(folder)` and `identity()`; kept as it is when the run goes on.
       shapes: parameters as a tree of ShapeDtypeStruct.
       axes: the same tree of logical axes.
+      labels: their names by id, where the task has labels.
 
     Raises:
       UserError: the folder cannot be written, or holds another tokenizer.
@@ -70,15 +73,19 @@ def write(workdir: str | os.PathLike[str], config: Mapping[str, Any], tokenizer:
     parameters = {
         path_name(path): {"shape": x.shape, "dtype": str(x.dtype), "axes": names} for (path, x), names in leaves
     }
-    distributed.on_main(lambda: _write(Path(workdir), config, parameters, tokenizer))
+    distributed.on_main(lambda: _write(Path(workdir), config, parameters, tokenizer, labels))
 
 
-def _write(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Any], tokenizer: Any) -> None:
+def _write(
+    folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Any], tokenizer: Any, labels: Sequence[str]
+) -> None:
     sessions = _read_json(folder / "sessions.json") if (folder / "sessions.json").exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
         write_json(folder / "parameters.json", parameters)
+        if labels:
+            write_json(folder / "labels.json", list(labels))
         write_json(folder / "sessions.json", [*sessions, _session()])
         _write_tokenizer(folder / "tokenizer", tokenizer)
     except OSError as error:
@@ -89,6 +96,12 @@ def read(workdir: str | os.PathLike[str]) -> Description:
     """The description of a run. Raises UserError where a file is missing or damaged, naming it."""
     folder = Path(workdir)
     return Description(*(_read_json(folder / f"{name}.json") for name in ("config", "parameters", "sessions")))
+
+
+def read_labels(workdir: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The labels' names by id; none where the run's task has none."""
+    path = Path(workdir) / "labels.json"
+    return tuple(_read_json(path)) if path.exists() else ()
 
 
 def check_same_config(

@@ -13,7 +13,7 @@ import optax
 
 from llm_jax import rng
 from llm_jax.models.registry import Model
-from llm_jax.objectives.language import Batch, LanguageObjective
+from llm_jax.objectives.base import Batch, Objective
 from llm_jax.sharding import Layout
 from llm_jax.training import optim
 from llm_jax.training import state as train_state
@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 
 def gradients(
     model: Model,
-    objective: LanguageObjective,
+    objective: Objective,
     params: Any,
     batch: Batch,
     *,
@@ -92,7 +92,7 @@ def deal(x: jax.Array, accumulation: int, layout: Layout) -> jax.Array:
 
 def make_train_step(
     model: Model,
-    objective: LanguageObjective,
+    objective: Objective,
     tx: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     layout: Layout,
@@ -108,7 +108,7 @@ def make_train_step(
     `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm.
 
     Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
-    (weight of the batch), "bad_in_a_row", "bad_total" and, where the loss is the code length of targets whose bytes are
+    (see the objective), "bad_in_a_row", "bad_total" and, where the loss is the code length of targets whose bytes are
     known, "bytes".
     """
 
@@ -151,11 +151,11 @@ def make_train_step(
         metrics = terms | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.updates),
-            "tokens": weight,
+            "tokens": objective.tokens(batch),
             "bad_in_a_row": new_state.bad_in_a_row,
             "bad_total": new_state.bad_total,
         }
-        if "target_bytes" in batch and not objective.label_smoothing:  # a smoothed loss is no code length
+        if "target_bytes" in batch and not getattr(objective, "label_smoothing", 0):  # smoothed: no code length
             metrics["bytes"] = batch["target_bytes"].astype(jnp.float32).sum()
         return new_state, metrics
 

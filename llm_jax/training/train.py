@@ -7,6 +7,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,19 +18,21 @@ from llm_jax import __version__, distributed, metrics, sharding
 from llm_jax.backend import compiler_options
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.config.mesh import MESH_AXES
-from llm_jax.data import loader, store
+from llm_jax.config.schema import LABELLED_TASKS
+from llm_jax.data import labelled, loader, store, tasks
 from llm_jax.errors import Preempted, UserError
 from llm_jax.generation.generate import Generator
 from llm_jax.kernels.attention import home
 from llm_jax.models import flops, registry
 from llm_jax.models.quantize import require_library
-from llm_jax.objectives.language import LanguageObjective
+from llm_jax.objectives import registry as objectives
+from llm_jax.objectives.base import Objective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, report, run_folder
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
-from llm_jax.training.evaluate import Evaluator, make_evaluator
+from llm_jax.training.evaluate import Evaluator, Judge, make_evaluator
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import make_train_step
 
@@ -41,11 +44,11 @@ class Run:
     cfg: Config
     workdir: str
     layout: Layout
-    stores: list[store.Store]
+    stores: list[Any]
     data: loader.TrainLoader
     steps: int
     model: registry.Model
-    objective: LanguageObjective
+    objective: Objective
     tx: optax.GradientTransformation
     abstract_state: TrainState
     evaluator: Evaluator | None
@@ -96,11 +99,12 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     layout = sharding.make_layout(cfg.mesh)
     check_attention(cfg, layout)
 
-    distributed.on_main(lambda: store.prepare(cfg.data))  # tokenized where it is missing; then all open it
-    stores = store.prepare(cfg.data)
+    distributed.on_main(lambda: tasks.prepare(cfg.data))  # tokenized where it is missing; then all open it
+    stores = tasks.prepare(cfg.data)
     if cfg.data.tokenizer == "none":
         store.require_ids_below(stores, cfg.model.vocab_size)
     cfg = with_vocabulary(cfg, stores[0].tokenizer.vocab_size, layout.num_devices)
+    cfg = with_labels(cfg, stores)
     data = loader.make_train(stores, cfg.data, cfg.train.global_batch_size, cfg.seed, layout)
     stack.enter_context(contextlib.closing(data))
     distributed.assert_same_everywhere("training data", data.state()["fingerprint"])
@@ -108,7 +112,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
 
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes, axes = model.shapes(), model.axes()
-    objective = LanguageObjective.make(cfg)
+    objective = objectives.make(cfg)
     tx = optim.make(cfg.optim, steps, shapes, axes)
     abstract_state = train_state.abstract(
         model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload
@@ -125,7 +129,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
         )
     if start.data_state is not None:
         data.restore(start.data_state)
-    run_folder.write(workdir, to_dict(cfg), stores[0].tokenizer, shapes, axes)
+    run_folder.write(workdir, to_dict(cfg), stores[0].tokenizer, shapes, axes, getattr(stores[0], "names", ()))
 
     out = metrics.Metrics(
         workdir,
@@ -177,24 +181,33 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
     profiler = stack.enter_context(Profiler(cfg.log, f"{run.workdir}/profile"))
     preemption = stack.enter_context(distributed.Preemption())  # before this, a signal ends the process at once
 
-    compiled = None
+    judge = Judge(cfg.eval, run.out.history())
+    distributed.assert_same_everywhere("evaluations so far", str(judge.waited))
+    if judge.has_enough:
+        return state  # it had ended before
+    compiled: dict[Any, Any] = {}  # by the batch's shape: one, or one a bucket
     for i in range(run.start.step, run.steps):
         batch = next(data)  # drawn after the save of the step before, so that a save never holds a drawn batch
-        if compiled is None:
-            compiled = compile_step(train_step, state, batch, run.out)
+        shape = batch["tokens"].shape
+        if shape not in compiled:
+            told.pause()
+            compiled[shape] = compile_step(train_step, state, batch, run.out)
             told.pause()
         profiler.before(i)
-        state, values = compiled(state, batch)  # of fixed shapes: another shape is an error, never a recompilation
+        state, values = compiled[shape](state, batch)
         told.add(i + 1, values)
         watchdog.progress()
 
-        last, stopping, evaluation = i + 1 == run.steps, preemption.preempted(i + 1), None
+        last, stopping, evaluation, best = i + 1 == run.steps, preemption.preempted(i + 1), None, False
         if run.evaluator and (last or due(i + 1, cfg.eval.every)):
             told.pause()
             evaluation = run.evaluator(evaluated(state), i + 1, watchdog.progress)
             run.out.write(i + 1, evaluation)
+            evaluation = judge.add(evaluation)
             told.pause()
-        if last or stopping or due(i + 1, cfg.checkpoint.every):
+            best = judge.waited == 0 and cfg.checkpoint.use == "best"
+            last = last or judge.has_enough
+        if last or stopping or best or due(i + 1, cfg.checkpoint.every):
             told.pause()
             run.checkpoints.save(i + 1, state, data.state(), evaluation)
             told.pause()
@@ -203,6 +216,9 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
             raise Preempted(
                 f"Asked to stop: step {i + 1} of {run.steps} is saved in {run.workdir}; run it again to go on."
             )
+        if judge.has_enough:
+            run.out.say(f"{judge.waited} evaluations in a row did not better eval/{cfg.eval.best}: that is enough")
+            break
     return state
 
 
@@ -214,6 +230,21 @@ def with_vocabulary(cfg: Config, size: int, num_devices: int) -> Config:
     """`cfg` with the model's vocabulary taken from the tokenizer where the config leaves it open."""
     vocab_size = check_vocab(cfg, size, num_devices)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def with_labels(cfg: Config, stores: Sequence[Any]) -> Config:
+    """`cfg` with a head of as many outputs as the labelled data have labels; without stores, a guess."""
+    if cfg.data.task not in LABELLED_TASKS:
+        return cfg
+    names = stores[0].names if stores else cfg.data.columns.names or ("?", "?")
+    found = labelled.num_labels(cfg.data, names)
+    given = cfg.model.num_labels
+    if given not in (type(cfg.model)().num_labels, found):
+        raise UserError(
+            f"model.num_labels = {given}: the data of the task {cfg.data.task} have {found} "
+            f"({', '.join(names[:12]) or 'by the task'}); leave it out, and it is taken from the data"
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_labels=found))
 
 
 def total_steps(cfg: Config, epoch_rows: int) -> int:
@@ -271,7 +302,7 @@ class Profiler:
 def finish(run: Run, state: TrainState) -> None:
     """The end of a run: loss curve, sampled text, where it all is."""
     cfg, sample = run.cfg, ""
-    if cfg.generate.max_tokens and cfg.data.tokenizer != "none":
+    if cfg.generate.max_tokens and cfg.data.tokenizer != "none" and cfg.data.task == "language":
         generator = Generator(run.model, evaluated(state), run.stores[0].tokenizer)
         prompt = cfg.generate.prompt or generator.default_prompt
         sample = prompt + generator([prompt], cfg.generate, cfg.seed)[0]
@@ -322,6 +353,7 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     layout = sharding.abstract_layout(cfg.mesh, num_devices, home(cfg.model.attention_kernel, jax.default_backend()))
     check_attention(cfg, layout)
     cfg = with_vocabulary(cfg, cfg.model.vocab_size or store.vocab_size(cfg.data), num_devices)
+    cfg = with_labels(cfg, [])
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
     tx = optim.make(cfg.optim, updates, model.shapes(), model.axes())

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.config.schema import DATA_FORMATS, TOKEN_FORMATS, SourceConfig
-from llm_jax.data.sources import builtin, hub, records, text, token_files
+from llm_jax.data.sources import builtin, docstrings, hub, records, text, token_files
 from llm_jax.data.sources.documents import BadRecord, Document, InputFile
 from llm_jax.data.sources.streams import Meter, reading
 from llm_jax.errors import ConfigError, DataError
 
 __all__ = ["BadRecord", "Document", "InputFile", "Position", "Source", "open_source"]
 
+BUILT_IN = ("stdlib", "docstrings", "synthetic")
 _RECORD_FORMATS = ("jsonl", "parquet", "arrayrecord", "hf")
 
 
@@ -96,6 +97,8 @@ class Source:
             return text.read_text(file, self.separator, start, meter)
         if self.format == "stdlib":
             return text.read_text(file, "", start, meter, group=builtin.top_level_module(file.name))
+        if self.format == "docstrings":
+            return docstrings.read_documents(file, start)
         if self.format == "jsonl":
             return records.read_jsonl(file, self.text_key, start, meter)
         if self.format == "parquet":
@@ -132,21 +135,22 @@ def open_source(cfg: SourceConfig, validation: bool = False) -> Source:
     """The source of `cfg.path`, or of `cfg.validation_path`; a DataError where there is nothing usable."""
     path = cfg.validation_path if validation else cfg.path
     if not path:
-        raise ConfigError("data.path is empty: give a file, folder, glob, hf:OWNER/NAME, stdlib or synthetic.")
+        built_in = ", ".join(BUILT_IN)
+        raise ConfigError(f"data.path is empty: give a file, folder, glob, hf:OWNER/NAME, or one of {built_in}.")
     if cfg.format not in DATA_FORMATS:
         raise ConfigError(f"data.format={cfg.format!r} is not known: choose one of {', '.join(DATA_FORMATS)}.")
     make = functools.partial(
         Source, text_key=cfg.text_key, separator=cfg.separator, split="validation" if validation else "train"
     )
-    format = path if cfg.format == "auto" and path in ("stdlib", "synthetic") else cfg.format
+    format = path if cfg.format == "auto" and path in BUILT_IN else cfg.format
     if format == "auto" and path.startswith("hf:"):
         format = "hf"
     if format == "synthetic":
         return make("synthetic", format, (InputFile("synthetic", "synthetic", builtin.SYNTHETIC_BYTES),))
-    if format == "stdlib":
+    if format in ("stdlib", "docstrings"):
         root, names = builtin.standard_library()
         files = [input_file(os.path.join(root, name), name) for name in names]
-        return make("stdlib", format, tuple(f for f in files if f.size))  # many an __init__.py is empty
+        return make(format, format, tuple(f for f in files if f.size))  # many an __init__.py is empty
     if format == "hf" and path.startswith("hf:"):
         return make(path, format, (InputFile(path, path),))
 
