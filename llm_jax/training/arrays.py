@@ -21,6 +21,7 @@ from llm_jax.training.fingerprint import Arrays, fingerprint
 from llm_jax.training.record import DamagedCheckpoint, check_fit, read_record, root_cause, some
 
 Tree = Any
+CHUNK_BYTES = 16 << 20
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
@@ -38,6 +39,20 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return root
+
+
+def in_small_chunks() -> ocp.Context:
+    """Saving in this context cuts large arrays into chunks within one layer and one expert, which can be read alone."""
+
+    def storage(_: Any, leaf: jax.Array) -> Any:
+        if leaf.nbytes <= CHUNK_BYTES:
+            return None
+        stacks = tuple(range(leaf.ndim - 2))
+        return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=stacks)
+
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = storage
+    return context
 
 
 def load(path: Path, abstract: Mapping[str, Any], *, partial: bool) -> tuple[Arrays, dict[str, Any]]:

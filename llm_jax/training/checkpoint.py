@@ -28,7 +28,7 @@ from llm_jax.errors import CorruptCheckpointError, UserError
 from llm_jax.models.lora import is_adapter
 from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
-from llm_jax.training.arrays import by_path, load, nested, rebuild
+from llm_jax.training.arrays import by_path, in_small_chunks, load, nested, rebuild
 from llm_jax.training.fingerprint import Arrays
 from llm_jax.training.record import RANK, DamagedCheckpoint, make_record, read_record, root_cause, some
 
@@ -209,7 +209,7 @@ class Checkpointer:
         record = make_record(step, arrays, data_state, metrics or {})
         self._losses[step] = _rank(record["record"]["metrics"])
         self._saving = step
-        with self._named_errors():
+        with self._named_errors(), in_small_chunks():
             self._orbax.save_checkpointables_async(step, {"state": nested(arrays)}, custom_metadata=record, force=True)
 
     def wait(self) -> None:

@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llm_jax.convert.safetensors import write_all
 from llm_jax.errors import DataError
-from llm_jax.training.arrays import nested, quiet_libraries
+from llm_jax.training.arrays import CHUNK_BYTES, nested, quiet_libraries
 from llm_jax.training.record import sealed
 
 CHUNK_BYTES = 16 << 20
