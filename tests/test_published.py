@@ -1,6 +1,8 @@
 """Published sizes are as published; meshes for machines are literal, and the guide's numbers are computed."""
 
+import dataclasses
 import functools
+import importlib
 import inspect
 
 import jax
@@ -36,6 +38,33 @@ PUBLISHED = {
     "mixtral/8x7b": (32, 4096, 14_336, 32, 8, 32_000, 46_702_792_704, 1e6, 32_768, 3e-4, 4096, 4_194_304),
     "mixtral/8x22b": (56, 6144, 16_384, 48, 8, 32_000, 140_620_634_112, 1e6, 65_536, 1.5e-4, 4096, 4_194_304),
 }
+# Of the other families: parameters, as counted in the published checkpoints (a tied head once).
+COUNTS = {
+    "gpt2/larger:355m": 354_823_168,
+    "gpt2/larger:774m": 774_030_080,
+    "gpt2/larger:1558m": 1_557_611_200,
+    "mistral:7b": 7_241_732_096,
+    "phi3:mini": 3_821_079_552,
+    "phi3:medium": 13_960_238_080,
+    "qwen2:0b5": 494_032_768,
+    "qwen2:1b5": 1_543_714_304,
+    "qwen2:3b": 3_085_938_688,
+    "qwen2:7b": 7_615_616_512,
+    "qwen2:14b": 14_770_033_664,
+    "qwen2:32b": 32_763_876_352,
+    "qwen2:72b": 72_706_203_648,
+    "qwen3:0b6": 596_049_920,
+    "qwen3:1b7": 1_720_574_976,
+    "qwen3:4b": 4_022_468_096,
+    "qwen3:8b": 8_190_735_360,
+    "qwen3:14b": 14_768_307_200,
+    "qwen3:32b": 32_762_123_264,
+    "qwen3:30b_a3b": 30_532_122_624,
+    "qwen3:235b_a22b": 235_093_634_560,
+    "smollm2:135m": 134_515_008,
+    "smollm2:360m": 361_821_120,
+    "smollm2:1b7": 1_711_376_384,
+}
 ACTIVE = {"mixtral/8x7b": 12_879_925_248, "mixtral/8x22b": 39_152_031_744}  # two of eight experts: "13B", "39B"
 
 
@@ -66,6 +95,32 @@ def test_sizes_are_as_published(name):
     assert cfg.optim.learning_rate == rate and cfg.data.sequence_length == length
     assert cfg.train.global_batch_size * length == batch
     assert (cfg.optim.beta1, cfg.optim.beta2, cfg.optim.weight_decay, cfg.optim.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_are_as_published(name):
+    """The vocabulary's padding, which is ours, left out."""
+    cfg = load(name)
+    check(cfg)
+    model = registry.build(dataclasses.replace(cfg.model, vocab_multiple=1), sharding.Layout(), Precision())
+    assert registry.count_parameters(model.shapes()) == COUNTS[name]
+
+
+def test_every_size_of_a_family_is_in_the_table():
+    """A file's sizes are the keys of its SIZES."""
+    families = {spec.partition(":")[0] for spec in COUNTS}
+    sizes = {f"{name}:{size}" for name in families for size in importlib.import_module(
+        "configs." + name.replace("/", ".")).SIZES}  # fmt: skip
+    assert sizes == set(COUNTS)
+
+
+def test_a_family_on_a_machine():
+    small, large = load("qwen3:8b").mesh, load("qwen3:8b:v5p-512").mesh
+    assert small.fsdp == -1 and large.fsdp > 1 and load("qwen3:8b:v5p-512").model == load("qwen3:8b").model
+    with pytest.raises(ConfigError, match="qwen3:9b is not one of 0b6"):
+        load("qwen3:9b")
+    with pytest.raises(ConfigError, match="there is no machine 'h100-64'"):
+        load("qwen3:8b:h100-64")
 
 
 def test_llama3_rotates_as_the_released_3_1():

@@ -7,7 +7,7 @@ For LLaMA 3 (April 2024, contexts of 8,192) add
 
 from ml_collections import ConfigDict
 
-from configs.machines import fit, model_size
+from configs.pretraining import on_token_files
 
 CONTEXT = 8_192  # of most of the pre-training; the released models go to 131,072
 
@@ -19,55 +19,33 @@ def llama3(
 
     `rows` of 8,192 tokens a step: the paper gives 4M, 8M and then 16M tokens for 405B, and no figure for the others.
     """
-    size = model_size(layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=8, vocab=128_256, length=CONTEXT)
-    cfg = ConfigDict(
-        dict(
-            name=f"llama3_{name}",
-            model=dict(
-                vocab_size=128_256,  # 128,000 and 256 special ones
-                num_layers=layers,
-                embed_dim=width,
-                num_heads=heads,
-                num_kv_heads=8,
-                mlp_dim=mlp,
-                max_length=131_072,
-                positions="rotary",
-                rope=dict(
-                    base=500_000.0,
-                    scaling="llama3",
-                    factor=8.0,
-                    original_length=8_192,
-                    low_freq_factor=1.0,
-                    high_freq_factor=4.0,
-                ),
-                norm="rmsnorm",
-                norm_eps=1e-5,
-                activation="swiglu",
-                tie_embeddings=False,
-                remat="full",
-            ),
-            data=dict(
-                path="train.bin",
-                validation_path="val.bin",
-                tokenizer="none",
-                eos="none",  # the token files have theirs
-                sequence_length=CONTEXT,
-                mask_documents=True,  # "an attention mask that prevents self-attention between different documents"
-            ),
-            train=dict(tokens=15_600_000_000_000, global_batch_size=rows, loss_chunk=512),
-            optim=dict(
-                learning_rate=learning_rate,
-                beta1=0.9,
-                beta2=0.95,
-                weight_decay=0.1,
-                clip_norm=1.0,
-                warmup_steps=8_000,
-                final_ratio=0.01,  # 8e-5 to 8e-7, over the whole run (the paper's 1.2M steps are of growing batches)
-            ),
-            precision=dict(compute="bfloat16"),
-            eval=dict(batches=20),
-            generate=dict(max_tokens=0),  # token files bring no tokenizer
-        )
+    model = dict(
+        vocab_size=128_256,  # 128,000 and 256 special ones
+        num_layers=layers,
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=8,
+        mlp_dim=mlp,
+        max_length=131_072,
+        rope=dict(
+            base=500_000.0,
+            scaling="llama3",
+            factor=8.0,
+            original_length=8_192,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+        norm_eps=1e-5,
     )
-    cfg.update(fit(machine, size, rows))
-    return cfg
+    return on_token_files(
+        f"llama3_{name}",
+        machine,
+        model,
+        length=CONTEXT,
+        rows=rows,
+        tokens=15_600_000_000_000,
+        learning_rate=learning_rate,
+        mask_documents=True,  # "an attention mask that prevents self-attention between different documents"
+        # 8e-5 to 8e-7, over the whole run (the paper's 1.2M steps are of growing batches)
+        optim=dict(eps=1e-8, warmup_steps=8_000, final_ratio=0.01),
+    )
