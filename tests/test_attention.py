@@ -192,7 +192,10 @@ MASKS = {
     "segments": ({"segments"}, lambda: causal_mask(8, jnp.asarray(SEGMENTS))),
     "segments and window": ({"segments", "window"}, lambda: causal_mask(8, jnp.asarray(SEGMENTS), 3)),
     "not causal": (set(), lambda: AttentionMask(*PLACES, causal=False, in_order=True)),
-    "not causal, window": ({"window"}, lambda: AttentionMask(*PLACES, causal=False, window=3, in_order=True)),
+    "not causal, window": (
+        {"window", "two_sided_window"},
+        lambda: AttentionMask(*PLACES, causal=False, window=4, in_order=True),
+    ),
     "not causal, segments": (
         {"segments"},
         lambda: AttentionMask(*PLACES, *[jnp.asarray(SEGMENTS)] * 2, causal=False, in_order=True),
@@ -297,6 +300,7 @@ PLAIN = dict(dtype="bfloat16", head_dim=128, heads=32, kv_heads=8, length=4096)
         ("cpu", dict(length_parts=4, head_parts=2, kv_head_parts=1), "reference"),
         ("gpu", {}, "cudnn"),
         ("gpu", dict(segments=True, window=True), "cudnn"),
+        ("gpu", dict(window=True, two_sided_window=True), "reference"),
         ("gpu", dict(segments=True, length=4095), "reference"),
         ("gpu", dict(length=4095), "cudnn"),
         ("gpu", dict(softcap=30.0), "reference"),
@@ -308,6 +312,7 @@ PLAIN = dict(dtype="bfloat16", head_dim=128, heads=32, kv_heads=8, length=4096)
         ("tpu", {}, "splash"),
         ("tpu", dict(segments=True, window=True, softcap=30.0, sinks=True, head_dim=20), "splash"),
         ("tpu", dict(dtype="float32"), "splash"),
+        ("tpu", dict(window=True, two_sided_window=True), "splash"),
         ("tpu", dict(length=100), "reference"),
         ("tpu", dict(cache=True, length=1), "reference"),
         ("tpu", dict(length_parts=2), "ring"),
@@ -320,9 +325,9 @@ def test_auto_takes_the_fastest_that_covers_the_request(platform, changes, name)
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_auto_always_finds_one(platform, dtype):
-    everything = AttentionOptions(True, True, True, True, 50.0, True, True, dtype, 20, 7, 1, 9, 2, 3, 1)
+    everything = AttentionOptions(True, True, True, True, True, 50.0, True, True, dtype, 20, 7, 1, 9, 2, 3, 1)
     assert everything.needs() == {
-        "segments", "window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa"
+        "segments", "window", "two_sided_window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa",
     }  # fmt: skip
     assert select("auto", everything, platform).lacks(everything, platform) == []
 

@@ -90,6 +90,7 @@ def check(kernel, layout, arrays, mask, softcap=0.0, sinks=None, atol=1e-10):
 CASES = {  # sizes of the mesh, the mask, other options
     "8 devices": (dict(sequence=8), dict(segments=SEGMENTS), {}),
     "window across shards": (dict(sequence=8), dict(window=5), {}),
+    "window to both sides across shards": (dict(sequence=8), dict(window=6, causal=False), {}),
     "both ways": (dict(sequence=4), dict(segments=SEGMENTS, causal=False), {}),
     "data axis": (dict(data=2, sequence=4), dict(segments=SEGMENTS), {}),
     "tensor axis": (dict(sequence=2, tensor=4), dict(segments=SEGMENTS), {}),

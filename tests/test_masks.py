@@ -35,10 +35,12 @@ def test_window_counts_the_token_itself(window, expected):
     assert dense(causal_mask(4, window=window)) == [expected]
 
 
-def test_a_window_never_looks_ahead():
-    index = jnp.arange(3)
+def test_a_window_without_causality_is_half_on_each_side():
+    index = jnp.arange(4)
     mask = AttentionMask(index, index, causal=False, window=2)
-    assert dense(mask) == [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
+    assert dense(mask) == [[[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]]
+    assert mask.reach() == (1, 1)
+    assert causal_mask(4, window=2).reach() == (1, 0) and causal_mask(4).reach() is None
 
 
 def test_without_causality_all_is_seen():

@@ -71,19 +71,22 @@ def test_the_reference(packed, window, kv_heads):
     check(Split(), draw(kv_heads=kv_heads), mask, softcap, with_sinks=packed == (kv_heads == 1))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 130])
-def test_the_mask_of_blocks_is_the_mask(window):
+def test_the_mask_of_blocks_is_the_mask(window, causal):
     """Blocks that are as far from the diagonal as another are not worked out again."""
-    mask = band(384, window)
-    expected = np.asarray(causal_mask(384, window=window).dense()[0])
+    index = jnp.arange(384)
+    expected = AttentionMask(index, index, causal=causal, window=window or 384 * (not causal))
+    mask, expected = band(384, expected.reach()), np.asarray(expected.dense()[0])
     blocks = [[mask[slice(i, i + 128), slice(j, j + 128)] for j in (0, 128, 256)] for i in (0, 128, 256)]
     assert (np.block(blocks) == expected).all()
     assert blocks[2][1] is blocks[1][0]
 
 
-def test_both_ways():
+@pytest.mark.parametrize("window", [0, 100])
+def test_both_ways(window):
     index = jnp.arange(LENGTH)
-    mask = AttentionMask(index, index, segments(), segments(), causal=False, in_order=True)
+    mask = AttentionMask(index, index, segments(), segments(), causal=False, window=window, in_order=True)
     check(Split(), draw(), mask)
 
 

@@ -18,6 +18,7 @@ from llm_jax.config.schema import (
     DataConfig,
     DecoderConfig,
     DropoutConfig,
+    EncoderConfig,
     EvalConfig,
     GenerateConfig,
     LatentConfig,

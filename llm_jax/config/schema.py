@@ -142,7 +142,7 @@ class TransformerConfig:
     norm_eps: float = positive(1e-5)
     norm_scale: str = one_of("one", "zero", "none")  # times w, which starts at 1; 1 + w, w from 0 (Gemma); nothing
     norm_placement: str = one_of("pre", "post", "sandwich", "output", "parallel")  # equations: models/transformer.py
-    activation: str = one_of("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")  # geglu: by tanh
+    activation: str = one_of("swiglu", "geglu", "geglu_erf", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
     bias: str = one_of("none", "all", "qkv", "attention")  # linear layers with one; "all": LayerNorms too
     tie_embeddings: bool = True  # the output head is the embedding, transposed
     embedding_scale: bool = False  # multiply embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4)
@@ -174,9 +174,35 @@ class DecoderConfig(TransformerConfig):
     family: str = one_of("decoder")
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(TransformerConfig):
+    """A bidirectional encoder with one head: BERT (arXiv 1810.04805), RoBERTa, ELECTRA, DeBERTa, ModernBERT and so on.
+
+    Its window is half on each side of a token, its relative positions have buckets for both directions.
+    """
+
+    family: str = one_of("encoder")
+    norm: str = one_of("layernorm", "rmsnorm")
+    norm_eps: float = positive(1e-12)
+    norm_placement: str = one_of("post", "pre", "sandwich", "output", "parallel")
+    activation: str = one_of("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_erf", "clamped_swiglu")
+    bias: str = one_of("all", "none", "qkv", "attention")
+    positions: str = one_of("learned", "rotary", "sinusoidal", "relative", "disentangled", "none")  # DeBERTa's
+    max_length: int = at_least(1, 512)
+    residual_init_scale: bool = False
+    token_types: int = at_least(0, 2)  # learned vectors that tell the texts of a pair apart; 0: none
+    embedding_dim: int = at_least(0, 0)  # of tokens, positions and types, which are projected (ELECTRA); 0: embed_dim
+    embedding_norm: bool = True  # of their sum; with norm_placement=pre it is the first attention's (ModernBERT)
+    head: str = one_of("masked", "masked_pairs", "text", "token", "embedding", "replaced")  # models/heads.py
+    head_form: str = one_of("bert", "roberta", "distilbert", "electra", "deberta", "modernbert")  # of text and token
+    head_pooling: str = one_of("first", "mean")  # what text reads: a text's first token, or the mean of all
+    head_dropout: float = bounded(0.1, 0.0, 0.999)  # before the classifier of text and token
+    num_labels: int = at_least(1, 2)  # of text and token
+
+
 LAYER_KINDS = ("full", "window", "full_without_positions")  # of model.layer_pattern
-MODEL_FAMILIES = {"decoder": DecoderConfig}
-ModelConfig = DecoderConfig
+MODEL_FAMILIES = {"decoder": DecoderConfig, "encoder": EncoderConfig}
+ModelConfig = DecoderConfig | EncoderConfig
 
 
 # ----------------------------------------------------------------------------------------------------- data

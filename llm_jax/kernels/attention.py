@@ -28,6 +28,7 @@ class AttentionOptions:
 
     segments: bool = False
     window: bool = False
+    two_sided_window: bool = False  # it goes ahead too, where attention is not causal
     bias: bool = False  # an additive term on the scores, such as relative positions
     dropout: bool = False
     softcap: float = 0.0
@@ -59,7 +60,9 @@ class AttentionOptions:
         return dataclasses.replace(self, length_parts=1, head_parts=1, kv_head_parts=1)
 
 
-CAPABILITIES = ("segments", "window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa")
+CAPABILITIES = (
+    "segments", "window", "two_sided_window", "bias", "dropout", "softcap", "sinks", "split_length", "cache", "gqa",
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ shapes
 
@@ -115,7 +118,7 @@ def all_to_all_shape_lacks(options: AttentionOptions) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A back end: what it covers beyond plain causal attention, and where it runs.
+    """A back end: what it covers beyond plain attention, causal or not, and where it runs.
 
     Attributes:
       function: `function(query, key, value, mask, **terms)`, the terms being those of softcap, bias, dropout and sinks
@@ -185,7 +188,7 @@ KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "splash",
         splash_attention,
-        frozenset({"segments", "window", "softcap", "sinks", "gqa"}),
+        frozenset({"segments", "window", "two_sided_window", "softcap", "sinks", "gqa"}),
         platforms=("tpu",),
         dtypes=("float32", "bfloat16"),
         lacks_shape=splash_lacks,
@@ -194,7 +197,7 @@ KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "ring",
         ring_attention,
-        frozenset({"segments", "window", "softcap", "sinks", "split_length", "gqa"}),
+        frozenset({"segments", "window", "two_sided_window", "softcap", "sinks", "split_length", "gqa"}),
         lacks_shape=ring_lacks,
         by_device=True,
         for_split=True,
@@ -203,7 +206,7 @@ KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "all_to_all",
         all_to_all_attention,
-        frozenset({"segments", "window", "softcap", "sinks", "split_length", "gqa"}),
+        frozenset({"segments", "window", "two_sided_window", "softcap", "sinks", "split_length", "gqa"}),
         lacks_shape=all_to_all_shape_lacks,
         by_device=True,
         for_split=True,
@@ -213,7 +216,7 @@ KERNELS = (  # "auto" takes the first that covers the request
     Kernel(
         "xla",
         jax_attention("xla"),
-        frozenset({"segments", "window", "bias", "split_length", "gqa"}),
+        frozenset({"segments", "window", "two_sided_window", "bias", "split_length", "gqa"}),
         dtypes=("float32", "bfloat16"),  # its softmax is in float32 whatever the dtype
     ),
 )

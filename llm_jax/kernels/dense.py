@@ -27,7 +27,7 @@ def reference_attention(
 
     Args:
       query: (B, T, N, H).
-      key, value: (B, S, K, H), with N a multiple of K (grouped-query attention).
+      key, value: (B, S, K, H) and (B, S, K, V), with N a multiple of K (grouped-query attention).
       mask: which keys each query sees. A query that sees none (padding) gets a finite value that nothing may use.
       softcap: c in c*tanh(scores/c), before the mask; 0 leaves them.
       bias: (1 or B, N, T, S), added to the scores.
@@ -36,7 +36,7 @@ def reference_attention(
         2508.10925): probabilities add up to less than 1. It is not scaled, capped or dropped.
 
     Returns:
-      (B, T, N, H), in the dtype of `query`.
+      (B, T, N, V), in the dtype of `query`.
     """
     batch, length, heads, size = query.shape
     kv_heads, groups = key.shape[2], heads // key.shape[2]
@@ -59,8 +59,8 @@ def reference_attention(
     if dropout is not None:
         probabilities = dropout(probabilities)
     probabilities = probabilities.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
-    out = jnp.einsum("bkqs,bskh->bkqh", probabilities, value).reshape(batch, kv_heads, length, groups, size)
-    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, size)
+    out = jnp.einsum("bkqs,bskh->bkqh", probabilities, value).reshape(batch, kv_heads, length, groups, -1)
+    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, -1)
 
 
 def softmax_with_sink(scores: jax.Array, sink: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ def jax_attention(implementation: str) -> Callable[..., jax.Array]:
             bias=bias,
             mask=dataclasses.replace(mask, causal=False, window=0).dense()[:, None] if segments else None,
             is_causal=mask.causal,
-            local_window_size=(mask.window - 1, 0) if mask.window else None,
+            local_window_size=mask.reach(),
             implementation=implementation,
         )
 

@@ -64,7 +64,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
-GATED = ("swiglu", "geglu", "clamped_swiglu")
+GATED = ("swiglu", "geglu", "geglu_erf", "clamped_swiglu")
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
@@ -74,6 +74,8 @@ def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Arr
             return jax.nn.silu(gate) * up
         case "geglu":
             return jax.nn.gelu(gate) * up
+        case "geglu_erf":
+            return gelu(gate) * up
         case "clamped_swiglu":  # GPT-OSS (arXiv 2508.10925): SiLU by 1.702, both halves bounded, 1 added to the linear one
             gate = jnp.minimum(gate, 7.0)
             return (jnp.clip(up, -7.0, 7.0) + 1) * gate * jax.nn.sigmoid(1.702 * gate)

@@ -18,7 +18,8 @@ class AttentionMask:
       query_segments: (B, T) int32 or None. Tokens see only their own segment; 0 is padding and sees nothing.
       key_segments: (B, S) int32 or None.
       causal: query t sees keys with key_index <= query_index.
-      window: if not 0, query t sees only the last `window` keys up to and including its own place.
+      window: if not 0, query t sees only the last `window` keys up to and including its own place; where not causal,
+        those at most window / 2 away on either side.
       in_order: both indices are known to be 0, 1, 2, ...: some back ends count places themselves.
     """
 
@@ -38,6 +39,12 @@ class AttentionMask:
                 "in_order). Use reference attention, or ring attention, which go by the places in the mask."
             )
 
+    def reach(self) -> tuple[int, int] | None:
+        """How many keys behind and ahead of its own place the window lets a query see; None: there is no window."""
+        if not self.window:
+            return None
+        return (self.window - 1, 0) if self.causal else (self.window // 2, self.window // 2)
+
     def distance(self) -> jax.Array:
         """(1 or B, T, S) int32: how far each key lies behind its query (negative: ahead)."""
         query_index = self.query_index if self.query_index.ndim == 2 else self.query_index[None]
@@ -50,7 +57,7 @@ class AttentionMask:
         if self.causal:
             seen &= distance >= 0
         if self.window:
-            seen &= (distance >= 0) & (distance < self.window)
+            seen &= distance < self.window if self.causal else abs(distance) <= self.window // 2
         if self.query_segments is not None:
             query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
             seen = seen & (query == key) & (query != 0)

@@ -60,7 +60,7 @@ def splash_attention(
         query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, sinks: jax.Array | None
     ) -> jax.Array:
         _, length, heads, size = query.shape
-        kernel = _kernel(length, heads, mask.causal, mask.window, softcap, interpret)
+        kernel = _kernel(length, heads, mask.causal, mask.reach(), softcap, interpret)
         # Segment 0 sees itself here, as any other: the softmax of a row that sees nothing would be 0 / 0.
         ids = None if segments is None else SegmentIds(segments, segments)
         query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * size**-0.5, key, value))
@@ -74,10 +74,10 @@ def splash_attention(
 
 @functools.lru_cache(maxsize=8)
 def _kernel(
-    length: int, heads: int, causal: bool, window: int, softcap: float, interpret: bool
+    length: int, heads: int, causal: bool, reach: tuple[int, int] | None, softcap: float, interpret: bool
 ) -> Callable[..., jax.Array]:
     """The kernel for one row. It goes through all blocks of the mask first, in Python, so it is made once."""
-    mask = band(length, window) if causal or window else FullMask((length, length))
+    mask = band(length, reach) if causal or reach else FullMask((length, length))
     with jax.ensure_compile_time_eval():  # its tables are arrays, not parts of the trace that made it
         return make_splash_mha_single_device(
             MultiHeadMask([mask] * heads),
@@ -87,9 +87,9 @@ def _kernel(
         )
 
 
-def band(length: int, window: int) -> LocalMask:
-    """The causal mask of a row, where `window` is not 0 of the last `window` keys alone."""
-    return _Diagonals((length, length), window_size=(window - 1 if window else None, 0), offset=0)
+def band(length: int, reach: tuple[int, int] | None) -> LocalMask:
+    """The mask of a row whose queries see as many keys behind and ahead; None: all behind, the causal mask."""
+    return _Diagonals((length, length), window_size=reach or (None, 0), offset=0)
 
 
 class _Diagonals(LocalMask):

@@ -87,6 +87,7 @@ def attention_request(
     return AttentionOptions(
         segments=segments,
         window=kind.window,
+        two_sided_window=kind.window and cfg.family == "encoder",
         bias=cfg.positions == "relative",
         dropout=dropout,
         softcap=cfg.attention_softcap,
@@ -138,7 +139,7 @@ class Shared:
 
 
 class Attention(nn.Module):
-    """MultiHead(x) = Concat(head_1, ..., head_N) W_O (arXiv 1706.03762, section 3.2.2), causal, over x (B, T, D)."""
+    """MultiHead(x) = Concat(head_1, ..., head_N) W_O (arXiv 1706.03762, section 3.2.2), over x (B, T, D)."""
 
     cfg: TransformerConfig
     layout: Layout

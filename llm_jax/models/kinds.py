@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import TransformerConfig
+from llm_jax.config.mesh import first_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +19,25 @@ class LayerKind:
       window: it sees `sliding_window` tokens only.
       positions: it knows where tokens stand; without, the order shows by the causal mask alone (arXiv 2501.18795).
       dense: it has an MLP where others have experts.
+      attention_norm: its attention has a norm before it, where others of norm_placement=pre have one.
     """
 
     window: bool = False
     positions: bool = True
     dense: bool = False
+    attention_norm: bool = True
 
 
 def layer_kinds(cfg: TransformerConfig) -> tuple[LayerKind, ...]:
     """The kind of each layer, from `layer_pattern`; a layer of an empty pattern has the window where there is one."""
-    first = first_layers(cfg)
+    first, experts = first_layers(cfg), cfg.moe.num_experts > 0
     return tuple(
-        LayerKind(word == "window", word != "full_without_positions", layer < first)
+        LayerKind(
+            window=word == "window",
+            positions=word != "full_without_positions",
+            dense=layer < first and experts,
+            attention_norm=layer >= first or experts,
+        )
         for layer, word in enumerate(layer_words(cfg))
     )
 
@@ -40,12 +48,7 @@ def layer_words(cfg: TransformerConfig) -> tuple[str, ...]:
     return tuple(pattern[layer % len(pattern)] for layer in range(cfg.num_layers))
 
 
-def first_layers(cfg: TransformerConfig) -> int:
-    """How many layers before the others have parameters of other shapes: "first_blocks" of the stack."""
-    return cfg.moe.dense_layers
-
-
-def shortest_period(kinds: Sequence[LayerKind]) -> int:
+def shortest_period(kinds: Sequence[Any]) -> int:
     """The least P with kinds[i] == kinds[i mod P] for all i."""
     repeats = lambda size: all(kind == kinds[i % size] for i, kind in enumerate(kinds))  # noqa: E731
     return next(size for size in range(1, len(kinds) + 1) if repeats(size))

@@ -155,7 +155,7 @@ class Norm(nn.Module):
         return self.param(name, named(init, "norm"), (x.shape[-1],), self.precision.params)
 
 
-def block_norm(cfg: TransformerConfig, precision: Precision, name: str) -> Norm:
+def block_norm(cfg: TransformerConfig, precision: Precision, name: str | None = None) -> Norm:
     """The norm of the residual stream."""
     use_bias = cfg.bias == "all" and cfg.norm == "layernorm"
     return Norm(cfg.norm, cfg.norm_eps, precision, cfg.norm_scale, use_bias, name=name)

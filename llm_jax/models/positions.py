@@ -93,15 +93,19 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def relative_bucket(distance: jax.Array, buckets: int, max_distance: int) -> jax.Array:
-    """T5's buckets for causal attention (arXiv 1910.10683, section 2.1): half exact, half logarithmic.
+def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, *, causal: bool = True) -> jax.Array:
+    """T5's buckets (arXiv 1910.10683, section 2.1): half exact, half logarithmic.
 
     Args:
-      distance: int32, how far the key lies behind the query; those ahead count as 0.
+      distance: int32, how far the key lies behind the query.
+      causal: those ahead count as 0; otherwise they have the second half of the buckets.
 
     Returns:
       int32 of the same shape in [0, buckets).
     """
+    if not causal:
+        half = relative_bucket(abs(distance), buckets // 2, max_distance)
+        return half + jnp.where(distance < 0, buckets // 2, 0)
     distance = jnp.maximum(distance, 0)
     exact = buckets // 2
     ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from llm_jax.config import ModelConfig
 from llm_jax.models.decoder import Decoder
+from llm_jax.models.encoder import Encoder
 from llm_jax.models.layers import Axes
 from llm_jax.models.lora import check_targets
 from llm_jax.models.quantize import require_library
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
-FAMILIES: dict[str, type[nn.Module]] = {"decoder": Decoder}
+FAMILIES: dict[str, type[nn.Module]] = {"decoder": Decoder, "encoder": Encoder}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Block(nn.Module):
 
         match cfg.norm_placement:
             case "pre":
-                x = x + attend(norm("attention_norm", x))
+                x = x + attend(norm("attention_norm", x) if self.kind.attention_norm else x)
                 y, routing = feed_forward(norm("mlp_norm", x))
                 x = x + y
             case "post":

@@ -1,0 +1,276 @@
+"""The bidirectional encoder: embed, blocks, and the head that the config names."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import EncoderConfig, RopeConfig
+from llm_jax.kernels.cross_entropy import cross_entropy
+from llm_jax.kernels.masks import AttentionMask
+from llm_jax.models.attention import Shared, rotary_dim
+from llm_jax.models.decoder import padded_vocab
+from llm_jax.models.heads import Dense, LabelHead, MaskedHead, PairsHead, ReplacedHead
+from llm_jax.models.layers import Embedding, block_norm, dropout
+from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
+from llm_jax.models.transformer import Stack
+from llm_jax.precision import Precision, at_least_float32
+from llm_jax.sharding import Layout
+
+
+class Encoder(nn.Module):
+    """A transformer in which every token sees its whole text, with one head (`model.head`).
+
+    All methods take
+      tokens: (B, T) int32.
+      positions: (B, T) int32, place of each token in its text; None: its place in the row.
+      segment_ids: (B, T) int32, the text of each token in a packed row, 0 for padding; None: one text a row.
+      token_types: (B, T) int32, which text of a pair; None: all the first. A model with fewer types takes its last one
+        for those beyond, a model without any passes them over.
+      rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: 0, 1, 2, ...
+      dropout_key: None: no dropout.
+    and those of texts
+      starts: (B, S) int32, the place of each text's first token; where a row has fewer, any place will do.
+    """
+
+    cfg: EncoderConfig
+    layout: Layout
+    precision: Precision
+
+    def setup(self) -> None:
+        cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
+        width = cfg.embedding_dim or cfg.embed_dim
+        self.embedding = self._table(padded_vocab(cfg), width, ("vocab", "embed"))
+        if cfg.positions == "learned":
+            self.positions = self._table(cfg.max_length, width, ("position", "embed"))
+        if cfg.token_types:
+            self.token_types = self._table(cfg.token_types, width, ("position", "embed"))
+        if cfg.embedding_norm:
+            self.embedding_norm = block_norm(cfg, self.precision)
+        if width != cfg.embed_dim:
+            self.embedding_projection = Dense(*parts, cfg.embed_dim)
+        if cfg.positions == "relative":
+            self.relative_bias = self._table(cfg.relative_buckets, cfg.num_heads, ("buckets", "heads"))
+        self.stack = Stack(*parts)
+        if cfg.norm_placement != "post":
+            self.final_norm = block_norm(cfg, self.precision)
+        if cfg.head in ("masked", "masked_pairs"):
+            self.masked = MaskedHead(*parts)
+        if cfg.head == "masked_pairs":
+            self.pairs = PairsHead(*parts)
+        if cfg.head in ("text", "token"):
+            self.labels = LabelHead(*parts)
+        if cfg.head == "replaced":
+            self.replaced = ReplacedHead(*parts)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The hidden states above the last block, (B, T, D)."""
+        x = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)[0]
+        if self.is_initializing():
+            self._make_head(x)
+        return x
+
+    def masked_losses(
+        self,
+        tokens: jax.Array,
+        masked_positions: jax.Array,
+        masked_targets: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        starts: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Of the tokens that stood at places (B, P), masked_targets (B, P): -log p and whether the likeliest is right.
+
+        Returns:
+          (B, P) at least float32, (B, P) bool, and with `starts` (B, S, 2) logits of pairs, else None.
+        """
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        logits = self._masked_logits(self._at(x, masked_positions))
+        loss, _ = cross_entropy(logits, masked_targets)
+        pairs = None if starts is None else self.pairs(self._at(x, starts))
+        return loss, logits.argmax(-1) == masked_targets, pairs
+
+    def masked_logits(
+        self,
+        tokens: jax.Array,
+        masked_positions: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits (B, P, V) of the tokens at places (B, P), V the padded vocabulary; padded ids have -inf."""
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, None, None)
+        return self._masked_logits(self._at(x, masked_positions))
+
+    def text_logits(
+        self,
+        tokens: jax.Array,
+        starts: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scores of each text, (B, S, num_labels)."""
+        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        x = self._mean(x, starts, segment_ids) if self.cfg.head_pooling == "mean" else self._at(x, starts)
+        return self.labels(x, key, self._rows(x, rows))
+
+    def token_logits(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scores of each token, (B, T, num_labels)."""
+        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        return self.labels(x, key, self._rows(x, rows))
+
+    def embeddings(
+        self,
+        tokens: jax.Array,
+        starts: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The mean of each text's hidden states, (B, S, D) (Sentence-BERT, arXiv 1908.10084)."""
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        return self._mean(x, starts, segment_ids)
+
+    def replaced_logits(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of each token's having been exchanged for another, (B, T)."""
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        return self.replaced(x)
+
+    # ------------------------------------------------------------------------------------------ the trunk
+
+    def _hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        token_types: jax.Array | None,
+        rows: jax.Array | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The hidden states (B, T, D), and the key of the head's dropout."""
+        cfg, length = self.cfg, tokens.shape[1]
+        if length > cfg.max_length:
+            raise ValueError(f"rows of {length} tokens are longer than model.max_length={cfg.max_length}")
+        index = jnp.arange(length)
+        mask = AttentionMask(index, index, segment_ids, segment_ids, causal=False, in_order=True)
+        rows = self._rows(tokens, rows)
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        x = self._embed(tokens, positions, token_types)
+        axes = ("batch", "residual_length", "embed")
+        x = dropout(self.layout(x, *axes), cfg.dropout.embedding, keys[0], rows, self.layout, *axes, tokens=index)
+        if cfg.embedding_dim not in (0, cfg.embed_dim):
+            x = self.layout(self.embedding_projection(x), *axes)
+        places = jnp.broadcast_to(index[None], tokens.shape) if positions is None else positions
+        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places))
+        return x if cfg.norm_placement == "post" else self.final_norm(x), keys[2]
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None) -> jax.Array:
+        """Token + type + position, and their norm: (B, T, D), or narrower where they are projected."""
+        cfg, length = self.cfg, tokens.shape[1]
+        x = self.embedding(tokens)
+        if cfg.embedding_scale:
+            x = x * math.sqrt(x.shape[-1])
+        if cfg.token_types:
+            none = token_types is None
+            types = self.token_types.first(1)[None]
+            x = x + (types if none else self.token_types(jnp.minimum(token_types, cfg.token_types - 1)))
+        if cfg.positions == "learned":  # no look-up where they stand in order, whose backward pass would scatter
+            none = positions is None
+            x = x + (self.positions.first(length)[None] if none else self.positions(positions))
+        if cfg.positions == "sinusoidal":
+            places = jnp.arange(length)[None] if positions is None else positions
+            x = x + sinusoid(places, x.shape[-1]).astype(x.dtype)
+        return self.embedding_norm(x) if cfg.embedding_norm else x
+
+    def _shared(self, mask: AttentionMask, rows: jax.Array, positions: jax.Array) -> Shared:
+        """What all blocks read. `positions` (B, T)."""
+        cfg = self.cfg
+        angles = window_angles = bias = None
+        if cfg.positions == "rotary":
+            angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions)
+            if cfg.window_rope_base:
+                window_rope = RopeConfig(base=cfg.window_rope_base, fraction=cfg.rope.fraction)
+                window_angles = rotary_angles(window_rope, rotary_dim(cfg), positions)
+        if cfg.positions == "relative":
+            buckets = (cfg.relative_buckets, cfg.relative_max_distance)
+            bucket = relative_bucket(mask.distance(), *buckets, causal=False)
+            bias = at_least_float32(jnp.moveaxis(self.relative_bias(bucket), -1, 1))
+        return Shared(mask, rows, angles, window_angles, bias)
+
+    # ------------------------------------------------------------------------------------------ the heads
+
+    def _make_head(self, x: jax.Array) -> None:
+        """Run the head once, so that its parameters are made. `x` (B, T, D)."""
+        match self.cfg.head:
+            case "masked" | "masked_pairs":
+                self._masked_logits(x)
+                if self.cfg.head == "masked_pairs":
+                    self.pairs(x)
+            case "text" | "token":
+                self.labels(x, None, self._rows(x, None))
+            case "replaced":
+                self.replaced(x)
+
+    def _masked_logits(self, x: jax.Array) -> jax.Array:
+        return self.masked(x, self.embedding.head())
+
+    def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
+        """(B, P, D): the vectors (B, T, D) at places (B, P)."""
+        x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
+        return self.layout(jnp.take_along_axis(x, places[..., None], axis=1), "batch", None, "embed")
+
+    def _mean(self, x: jax.Array, starts: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """(B, S, D): the mean of the vectors (B, T, D) of the texts that begin at `starts` (B, S)."""
+        if segment_ids is None:
+            segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        text = jnp.take_along_axis(segment_ids, starts, axis=1)
+        members = (segment_ids[:, None] == text[:, :, None]) & (text[:, :, None] != 0)
+        total = jnp.einsum("bst,btd->bsd", members.astype(x.dtype), x, preferred_element_type=at_least_float32(x).dtype)
+        mean = total / jnp.maximum(members.sum(-1, keepdims=True), 1)
+        return self.layout(mean.astype(x.dtype), "batch", None, "embed")
+
+    def _rows(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        return jnp.arange(len(x)) if rows is None else rows
+
+    def _table(self, size: int, features: int, axes: tuple[str, str]) -> Embedding:
+        init = nn.initializers.normal(1.0 if self.cfg.init == "torch" else self.cfg.init_std)
+        return Embedding(size, features, axes, init, self.layout, self.precision)
