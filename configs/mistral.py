@@ -19,6 +19,4 @@ def get_config(arg: str = "7b") -> ConfigDict:
     size, _, machine = arg.partition(":")
     assert size in SIZES, f"mistral:{size} is not one of {', '.join(SIZES)}"
     model = SIZES[size] | dict(vocab_size=32_000, max_length=32_768, sliding_window=4_096, norm_eps=1e-5)
-    return on_token_files(
-        f"mistral_{size}", machine, model, length=4_096, tokens=2_000_000_000_000, learning_rate=3e-4
-    )
+    return on_token_files(f"mistral_{size}", machine, model, length=4_096, tokens=2_000_000_000_000, learning_rate=3e-4)

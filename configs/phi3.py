@@ -21,6 +21,4 @@ def get_config(arg: str = "mini") -> ConfigDict:
     assert size in SIZES, f"phi3:{size} is not one of {', '.join(SIZES)}"
     model = dict(zip(COLUMNS, SIZES[size], strict=True))
     model |= dict(vocab_size=32_064, max_length=4_096, sliding_window=2_047, norm_eps=1e-5)
-    return on_token_files(
-        f"phi3_{size}", machine, model, length=4_096, tokens=3_300_000_000_000, learning_rate=3e-4
-    )
+    return on_token_files(f"phi3_{size}", machine, model, length=4_096, tokens=3_300_000_000_000, learning_rate=3e-4)

@@ -29,6 +29,4 @@ def get_config(arg: str = "7b") -> ConfigDict:
     assert size in SIZES, f"qwen2:{size} is not one of {', '.join(SIZES)}"
     model = dict(zip(COLUMNS, SIZES[size], strict=True))
     model |= dict(bias="qkv", max_length=32_768, rope=dict(base=1_000_000.0), norm_eps=1e-6)
-    return on_token_files(
-        f"qwen2_{size}", machine, model, length=4_096, tokens=18_000_000_000_000, learning_rate=3e-4
-    )
+    return on_token_files(f"qwen2_{size}", machine, model, length=4_096, tokens=18_000_000_000_000, learning_rate=3e-4)

@@ -35,6 +35,4 @@ def get_config(arg: str = "8b") -> ConfigDict:
     model |= dict(rope=dict(base=1_000_000.0), norm_eps=1e-6)
     if "_a" in size:
         model["moe"] = EXPERTS
-    return on_token_files(
-        f"qwen3_{size}", machine, model, length=4_096, tokens=36_000_000_000_000, learning_rate=3e-4
-    )
+    return on_token_files(f"qwen3_{size}", machine, model, length=4_096, tokens=36_000_000_000_000, learning_rate=3e-4)

@@ -76,7 +76,9 @@ def pipeline(
     turns = repeats * microbatches  # of each stage; the loop has S - 1 more
     depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
     first = jax.tree.map(lambda p: jax.eval_shape(lambda p: p[0], p), (params, keys))
-    routing = jax.eval_shape(lambda layer, x, shared: block(kinds[0], layer[0], x, layer[1], shared)[1], first, x, shared)
+    routing = jax.eval_shape(
+        lambda layer, x, shared: block(kinds[0], layer[0], x, layer[1], shared)[1], first, x, shared
+    )
 
     def on_stages(a: jax.Array, rows: bool = True) -> jax.Array:
         """A copy for each stage, whose gradients meet once, after the loop: (S, M, b, ...), without rows (S, ...)."""
