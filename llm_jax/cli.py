@@ -142,18 +142,30 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_generate(commands)
+    add_predict(commands)
     export = commands.add("export", export_command, "write a run's model as safetensors")
     export.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
     export.add_argument("--to", metavar="FOLDER", required=True, help="the new folder to write")
     export.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the latest)")
 
     add_convert(commands)
+    add_plan(commands)
     data = Commands(commands.add("data", None, "prepare or look at training data"))
     data.add("prepare", prepare_command, "tokenize a config's data into the cache, as train would", config=True)
     inspect = data.add("inspect", inspect_command, "show rows of a config's batches, as trained on", config=True)
     inspect.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows (default: 2)")
     commands.add("doctor", doctor_command, "say whether this machine is ready, and what is missing")
     return parser
+
+
+def add_predict(commands: "Commands") -> None:
+    predict = commands.add("predict", predict_command, "write the labels and scores of new records", overrides=True)
+    predict.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
+    predict.add_argument("--input", metavar="FILE", required=True,
+                         help="jsonl, csv, tsv or parquet with the columns that the run read; labels are not needed")  # fmt: skip
+    predict.add_argument("--output", metavar="FILE", default="-", help="one JSON object a record (default: the output)")
+    predict.add_argument("--batch_size", type=int, default=0, metavar="N", help="records (default: as in evaluation)")
+    predict.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the run's latest or best)")
 
 
 def add_generate(commands: "Commands") -> None:
@@ -192,6 +204,22 @@ def add_convert(commands: "Commands") -> None:
     convert.add_argument("--list", action="store_true", help="list the architectures that can be converted, and stop")
 
 
+def add_plan(commands: "Commands") -> None:
+    text = "say what a run needs, takes and costs on a machine that is not there"
+    plan = commands.add("plan", plan_command, text, config=True)
+    plan.add_argument("--topology", metavar="NAME:SIZES", help="the machine: v5p:8x8x8, v5e:16x16, h100:16x8")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of that size (default: 1)")
+    plan.add_argument("--price", type=float, default=0.0, metavar="N", help="of a chip-hour, in any currency")
+    plan.add_argument("--tokens", type=float, default=0.0, metavar="N", help="of the run (default: the config's)")
+    plan.add_argument("--dump_hlo", default="", metavar="FILE", help="write the compiled text")
+    plan.add_argument("--save_executable", default="", metavar="FILE",
+                      help="write the compiled step, for train on that machine")  # fmt: skip
+    other = plan.add_mutually_exclusive_group()
+    other.add_argument("--hlo", metavar="FILE", help="time a compiled text from elsewhere, in place of a config")
+    other.add_argument("--compare", nargs=2, metavar="SPEC", help="two configs side by side")
+    other.add_argument("--quick", action="store_true", help="estimate without compiling")
+
+
 class Commands:
     """The sub-commands of a parser."""
 
@@ -216,7 +244,7 @@ class Commands:
 
 
 def train_command(args: argparse.Namespace) -> int:
-    cfg = read_config(args)
+    cfg = with_pretrained(read_config(args))
     if args.print_config:
         return print_json(to_dict(cfg))
     check(cfg)
@@ -247,6 +275,20 @@ def evaluate_command(args: argparse.Namespace) -> int:
     width = max(map(len, results), default=0)
     for name, value in results.items():
         print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+    return 0
+
+
+def predict_command(args: argparse.Namespace) -> int:
+    if args.batch_size < 0:
+        raise UserError(f"--batch_size={args.batch_size}: give at least 1")
+    workdir = existing_run(args.workdir)
+    start()
+    from llm_jax.training import predict
+
+    options = dict(step=args.step, overrides=args.overrides, batch_size=args.batch_size)
+    count = predict.predict(workdir, args.input, args.output, **options)
+    if args.output != "-":
+        print(f"{count:,} predictions are in {args.output}")
     return 0
 
 
@@ -323,10 +365,44 @@ def check_sides(args: argparse.Namespace) -> None:
         raise UserError(f"--shard_gb={args.shard_gb:g}: give a size above 0")
 
 
+def plan_command(args: argparse.Namespace) -> int:
+    if args.print_config:
+        return print_json(to_dict(read_config(args)))
+    if not args.topology:
+        raise UserError("plan needs --topology=NAME:SIZES, for example v5p:4x4x4, v5e:16x16 or h100:16x8")
+    for name in ("price", "tokens"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}={getattr(args, name):g}: give a number above 0")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the machine planned for is another one
+    start()
+    from llm_jax.plan import command
+    from llm_jax.plan.hardware import topology
+    from llm_jax.plan.setting import make_setting
+
+    machine = topology(args.topology, args.slices)
+    if args.hlo:
+        print(command.read_program(args.hlo, machine, {}))
+        return 0
+    if args.compare:
+        print(command.compare(args.compare, args.overrides, machine, price=args.price, tokens=args.tokens))
+        return 0
+    setting = make_setting(read_config(args), machine)
+    tokens = args.tokens or setting.cfg.train.tokens or setting.cfg.train.steps * setting.tokens
+    print(command.plan(setting, price=args.price, tokens=tokens, dump=args.dump_hlo, save=args.save_executable))
+    return 0
+
+
 def prepare_command(args: argparse.Namespace) -> int:
     cfg = read_config(args)
     if args.print_config:
         return print_json(to_dict(cfg))
+    if cfg.data.task != "language":
+        cfg = with_pretrained(cfg)
+        check(cfg)
+        from llm_jax.data import tasks
+
+        tasks.make_stream(tasks.prepare(cfg.data), cfg.data, cfg.seed)
+        return 0
     check_data(cfg)
     from llm_jax.data import mixture, store
 
@@ -335,7 +411,7 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 
 def inspect_command(args: argparse.Namespace) -> int:
-    cfg = read_config(args)
+    cfg = with_pretrained(read_config(args))
     if args.print_config:
         return print_json(to_dict(cfg))
     check_data(cfg)
@@ -344,13 +420,13 @@ def inspect_command(args: argparse.Namespace) -> int:
     start(cfg)
     import numpy as np
 
-    from llm_jax.data import inspect, loader, store
+    from llm_jax.data import inspect, loader, tasks
     from llm_jax.sharding import Layout
 
-    stores = store.prepare(cfg.data)
+    stores = tasks.prepare(cfg.data)
     with contextlib.closing(loader.make_train(stores, cfg.data, args.rows, cfg.seed, Layout())) as batches:
         features = {name: np.asarray(array) for name, array in next(batches).items()}
-    rows = [{name: array[i] for name, array in features.items()} for i in range(args.rows)]
+    rows = [inspect.with_targets({name: array[i] for name, array in features.items()}) for i in range(args.rows)]
     inspect.inspect_rows(rows, stores[0].tokenizer, args.rows)
     return 0
 
@@ -369,6 +445,15 @@ def read_config(args: argparse.Namespace) -> Config:
         names = ", ".join(config_names())
         raise UserError(f"{args.parser.prog} needs --config=FILE or the name of a shipped config ({names})")
     return load(args.config, args.overrides)
+
+
+def with_pretrained(cfg: Config) -> Config:
+    """`cfg` with the model and tokenizer of the hub's checkpoint that it starts from, if it does."""
+    if not cfg.checkpoint.init_from.startswith("hf:"):
+        return cfg
+    from llm_jax.training import pretrained
+
+    return pretrained.adopt(cfg)
 
 
 def start(cfg: Config | None = None) -> None:

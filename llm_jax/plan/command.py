@@ -1,0 +1,76 @@
+"""What `llm-jax plan` does with its arguments."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from llm_jax.config import load
+from llm_jax.errors import UserError
+from llm_jax.plan import hlo, report
+from llm_jax.plan.compile import Compiled, compile_setting
+from llm_jax.plan.cost import step_times
+from llm_jax.plan.estimate import Estimate, estimate_compiled
+from llm_jax.plan.hardware import Topology
+from llm_jax.plan.memory import program_memory
+from llm_jax.plan.network import placed
+from llm_jax.plan.setting import Setting, make_setting
+
+
+def plan(setting: Setting, *, price: float, tokens: float, dump: str, save: str) -> str:
+    """Compile, and print all that is known."""
+    compiled = compiled_with_progress(setting, save)
+    if dump and compiled.text:
+        Path(dump).write_text(compiled.text, encoding="utf-8")
+    if compiled.refused:
+        return compiled.refused
+    return report.page(estimate_compiled(setting, compiled), price=price, tokens=tokens)
+
+
+def estimate(setting: Setting) -> Estimate:
+    compiled = compiled_with_progress(setting)
+    if compiled.refused:
+        raise UserError(f"{setting.cfg.name} does not fit on {setting.machine}: {compiled.refused}")
+    return estimate_compiled(setting, compiled)
+
+
+def compare(specs: Sequence[str], overrides: Sequence[str], machine: Topology, *, price: float, tokens: float) -> str:
+    first, second = (estimate(make_setting(load(spec, overrides), machine)) for spec in specs)
+    return report.comparison(first, second, price=price, tokens=tokens)
+
+
+def read_program(file: str, machine: Topology, mesh: dict[str, int]) -> str:
+    """Time a compiled text from elsewhere."""
+    try:
+        program = hlo.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"--hlo={file}: this is not the text of a compiled program ({error})") from None
+    if program.partitions != machine.devices:
+        raise UserError(
+            f"--hlo={file}: the program is for {program.partitions} devices, and {machine} has {machine.devices}"
+        )
+    times = step_times(program, placed(machine, mesh or {"devices": machine.devices}))
+    return report.program_page(file, machine, times, program_memory(program))
+
+
+def compiled_with_progress(setting: Setting, save: str = "") -> Compiled:
+    with waiting(f"compiling {setting.cfg.name} for {setting.machine}") as tell:
+        return compile_setting(setting, save=save, waiting=tell)
+
+
+@contextlib.contextmanager
+def waiting(title: str) -> Iterator[Callable[[float], None]]:
+    """Yields tell(seconds): a moving line on a terminal, one plain line elsewhere."""
+    if not sys.stderr.isatty():
+        told = []
+
+        def tell(seconds: float) -> None:
+            if not told:
+                told.append(print(f"{title} (minutes, for a large machine)", file=sys.stderr, flush=True))
+
+        yield tell
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title) as status:
+        yield lambda seconds: status.update(f"{title}: {seconds:.0f} s")
