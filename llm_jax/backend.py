@@ -101,6 +101,7 @@ def activation_bytes(cfg: Config) -> int:
     """
     tokens = cfg.train.global_batch_size * cfg.data.sequence_length // cfg.train.accumulation
     made_here = {"byte": 257, "char": 256, "bpe": cfg.data.tokenizer_vocab_size}
+    made_here["wordpiece"] = made_here["bpe"]
     vocab = cfg.model.vocab_size or made_here.get(cfg.data.tokenizer, 2**16)
     return 4 * tokens * (30 * cfg.model.num_layers * cfg.model.embed_dim + 2 * vocab)
 

@@ -194,10 +194,14 @@ def _build_with(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
     for item in overrides:
         key, equals, value = item.partition("=")
         key = key.strip().removeprefix("config.")
+        key = SHORT_NAMES.get(key, key)
         if not equals or not key:
             raise ConfigError(f"{key or item}: this override lacks its key or value; write {key or 'KEY'}=VALUE")
         _set(raw, key.split("."), Text(value))
     return from_dict(raw)
+
+
+SHORT_NAMES = {"init_from": "checkpoint.init_from"}  # --config.init_from=hf:PATH, as people say it
 
 
 def _set(group: dict[str, Any], names: list[str], value: Text) -> None:

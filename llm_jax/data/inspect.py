@@ -31,6 +31,18 @@ def inspect_rows(
         console.print(_table(row, tokenizer))
 
 
+def with_targets(row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A row of another task than language with what it predicts as targets: hidden tokens, or none."""
+    row = dict(row)
+    if "targets" not in row:
+        row |= {"targets": np.zeros_like(row["tokens"]), "loss_weights": np.zeros(row["tokens"].shape, np.float32)}
+        if "masked_positions" in row:
+            places = row["masked_positions"][row["masked_weights"] > 0]
+            row["targets"][places] = row["masked_targets"][: len(places)]
+            row["loss_weights"][places] = 1
+    return row
+
+
 def token_text(id: int, tokenizer: Tokenizer) -> str:
     """One token as a quoted string; bytes that are no whole character as escapes; special ones by name."""
     piece = tokenizer.decode_bytes([id])

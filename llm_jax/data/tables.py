@@ -16,7 +16,7 @@ from llm_jax.config.schema import SourceConfig
 from llm_jax.data.sources import docstrings, find_files, open_source
 from llm_jax.data.sources.builtin import top_level_module
 from llm_jax.data.sources.documents import InputFile, require
-from llm_jax.data.sources.streams import open_stream
+from llm_jax.data.sources.streams import Meter, open_stream
 from llm_jax.errors import DataError
 
 _ENDINGS = {"jsonl": r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$", "csv": r"\.csv(\.gz|\.zst)?$",
@@ -56,8 +56,10 @@ class Record:
         return value
 
 
-def read_table(source: SourceConfig, validation: bool = False) -> Iterator[Record]:
-    """The records of a source's files, in a fixed order.
+def read_table(
+    source: SourceConfig, validation: bool = False, meter: Meter = lambda count: None
+) -> Iterator[Record]:
+    """The records of a source's files, in a fixed order; `meter` is told the bytes that are read.
 
     Raises:
       DataError: a file cannot be read, or a row of it is no record.
@@ -70,29 +72,32 @@ def read_table(source: SourceConfig, validation: bool = False) -> Iterator[Recor
         return
     found = False
     for file in find_files(path):
-        for number, values in read_file(file, source.format):
+        for number, values in read_file(file, source.format, meter):
             found = True
             yield Record(file.path, number, values, f"{file.name}:{number}")
     if not found:
         raise DataError(f"{path} holds no record: give a file with at least one row below its header.")
 
 
-def read_file(file: InputFile, format: str = "auto") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_file(
+    file: InputFile, format: str = "auto", meter: Meter = lambda count: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, values by column), rows from 1 on. Raises DataError where the file or a row is unsound."""
     if format == "auto":
         format = next((name for name, ending in _ENDINGS.items() if re.search(ending, file.path.lower())), "")
     if format == "jsonl":
-        return _read_jsonl(file.path)
+        return _read_jsonl(file.path, meter)
     if format in ("csv", "tsv"):
-        return _read_csv(file.path, "," if format == "csv" else "\t")
+        return _read_csv(file.path, "," if format == "csv" else "\t", meter)
     if format == "parquet":
+        meter(file.size)
         return _read_parquet(file.path)
     fix = "name it .jsonl, .csv, .tsv or .parquet, or set data.format"
     raise DataError(f"{file.path} is not known to be a table: {fix}.")
 
 
-def _read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open_stream(path, lambda _: None) as stream:
+def _read_jsonl(path: str, meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open_stream(path, meter) as stream:
         for row, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -106,10 +111,10 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield row, values
 
 
-def _read_csv(path: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: str, delimiter: str, meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]:
     """The first line names the columns. In TSV files quotes are ordinary characters, as in GLUE's."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with open_stream(path, lambda _: None) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as stream:
+    with open_stream(path, meter) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
         try:
             header = next(reader, [])

@@ -191,8 +191,18 @@ def _memory(size: float) -> str:
 SHOWN = {  # name of a record's value: how it looks on the terminal
     "loss": "loss {:.4f}".format,
     "bits_per_byte": "{:.4f} bits/byte".format,
+    "accuracy": "accuracy {:.3f}".format,  # of encoders' tasks
+    "pair_loss": "pair loss {:.4f}".format,
+    "pair_accuracy": "pair accuracy {:.3f}".format,
     "eval/loss": "evaluation loss {:.4f}".format,
     "eval/bits_per_byte": "{:.4f} bits/byte".format,
+    "eval/accuracy": "accuracy {:.3f}".format,
+    "eval/pair_accuracy": "pair accuracy {:.3f}".format,
+    "eval/exact_match": "exact match {:.3f}".format,
+    "eval/f1": "F1 {:.3f}".format,
+    "eval/f1_macro": "macro F1 {:.3f}".format,
+    "eval/matthews": "Matthews {:.3f}".format,
+    "eval/spearman": "Spearman {:.3f}".format,
     "learning_rate": "rate {:.2e}".format,
     "grad_norm": "gradient {:.3g}".format,
     "tokens_per_second_per_device": "{:,.0f} tokens/s/device".format,

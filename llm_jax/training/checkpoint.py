@@ -30,6 +30,7 @@ from llm_jax.sharding import path_name
 from llm_jax.training import run_folder
 from llm_jax.training.arrays import by_path, in_small_chunks, load, nested, rebuild
 from llm_jax.training.fingerprint import Arrays
+from llm_jax.training.heads import is_head, origins
 from llm_jax.training.record import RANK, DamagedCheckpoint, make_record, read_record, root_cause, some
 
 Tree = Any
@@ -310,12 +311,19 @@ class Start:
     how: str
 
 
-def start(cfg: CheckpointConfig, checkpointer: Checkpointer, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
+def start(
+    cfg: CheckpointConfig,
+    checkpointer: Checkpointer,
+    abstract_state: Tree,
+    init: Callable[[], Tree],
+    from_hub: Callable[[str, Tree], tuple[Tree, str]] | None = None,
+) -> Start:
     """Own checkpoints, else `resume_from`, else `init_from`, else scratch.
 
     Args:
       abstract_state: the state as ShapeDtypeStructs with shardings; a dataclass with `params` and `ema`.
       init: makes a fresh state.
+      from_hub: (name, fresh parameters) to the parameters of a checkpoint of the hub, and a sentence.
 
     Raises:
       UserError: `resume` forbids what is there or demands what is not, or a checkpoint does not fit.
@@ -343,6 +351,10 @@ def start(cfg: CheckpointConfig, checkpointer: Checkpointer, abstract_state: Tre
     if cfg.resume_from:
         _check_there(cfg.resume_from, None)
         return _whole_state(cfg.resume_from, steps(cfg.resume_from), abstract_state, "begins with the whole state of")
+    if cfg.init_from.startswith("hf:") and from_hub:
+        state = init()
+        params, how = from_hub(cfg.init_from, state.params)
+        return Start(_with_params(state, params), None, 0, f"{workdir} {how}")
     if cfg.init_from:
         return _parameters_only(cfg.init_from, abstract_state, init)
     if any(map(is_adapter, by_path(abstract_state.params))):
@@ -380,21 +392,44 @@ def _as_saved(workdir: str, abstract_params: Tree) -> Tree:
 
 
 def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
-    """The parameters of another run; adapters (`model.lora`) that it has not start afresh."""
+    """The parameters of another run; adapters (`model.lora`) and an encoder's head that it has not start afresh."""
     _check_there(workdir, None)
     state = init()
+    head = {path: leaf for path, leaf in by_path(state.params).items() if is_head(path)}
+    taken = origins(head, _saved_shapes(workdir), workdir)  # and where they are there
     fresh = _fresh_adapters(workdir, by_path(state.params))
+    fresh |= {path: leaf for path, leaf in head.items() if path not in taken}
     state = dataclasses.replace(state, params=None)  # the other fresh parameters go before their successors come
     wanted = {path: leaf for path, leaf in by_path(abstract_state.params).items() if path not in fresh}
-    found, step = restore_params(workdir, None, _as_saved(workdir, nested(wanted)))
-    found = {path: leaf.astype(wanted[path].dtype) for path, leaf in by_path(found).items()}
-    params = rebuild(abstract_state.params, found | fresh)
+    there = nested({taken.get(path, path): leaf for path, leaf in wanted.items()})
+    loaded, step = restore_params(workdir, None, _as_saved(workdir, there))
+    arrays = by_path(loaded)
+    found = {path: arrays[taken.get(path, path)].astype(leaf.dtype) for path, leaf in wanted.items()}
+    state = _with_params(state, rebuild(abstract_state.params, found | fresh))
+    adapters = sum(map(is_adapter, fresh))
+    more = f" and {adapters} fresh arrays of adapters (model.lora)" if adapters else ""
+    heads = sorted(filter(is_head, fresh))
+    more += f"; fresh: {', '.join(heads)}" if heads else ""
+    return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}{more}")
+
+
+def _with_params(state: Tree, params: Tree) -> Tree:
+    """A fresh state round other parameters."""
     state = dataclasses.replace(state, params=params)
     if state.ema is not None:  # a copy, for both are donated; it may be wider than the parameters
         copy = lambda p, old: jax.device_put(jnp.array(p, old.dtype), old.sharding)  # noqa: E731
         state = dataclasses.replace(state, ema=jax.tree.map(copy, params, state.ema))
-    more = f" and {len(fresh)} fresh arrays of adapters (model.lora)" if fresh else ""
-    return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}{more}")
+    return state
+
+
+def _saved_shapes(workdir: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a run's newest checkpoint, by path."""
+    try:
+        saved = read_record(_folder(workdir) / str(steps(workdir)[-1]))["arrays"]
+    except DamagedCheckpoint:
+        return {}  # whoever loads it says so
+    shape = lambda entry: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])  # noqa: E731
+    return {path.removeprefix("params/"): shape(entry) for path, entry in saved.items() if path.startswith("params/")}
 
 
 def _fresh_adapters(workdir: str, params: Arrays) -> Arrays:

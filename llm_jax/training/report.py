@@ -139,6 +139,9 @@ def used_axes(placed: jax.sharding.NamedSharding, part: Any) -> list[str]:
     return [axis for axis in part if placed.mesh.shape[axis] > 1]
 
 
+FIGURES = (  # of an encoder's tasks
+    "accuracy", "pair_accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "matthews", "pearson", "spearman",
+)  # fmt: skip
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
 
 
@@ -157,7 +160,11 @@ def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dic
         parts.append(curve)
     last = next((record for record in reversed(history) if "eval/loss" in record), None)
     if last is not None:
-        line = f"held-out loss {last['eval/loss']:.4f} nats a token"
+        line = f"held-out loss {last['eval/loss']:.4f}"
+        if "eval/examples" in last or "eval/pair_loss" in last:  # of texts or pairs, not of the next token
+            line += "".join(f", {name} {last[f'eval/{name}']:.3f}" for name in FIGURES if f"eval/{name}" in last)
+        else:
+            line += " nats a token"
         if "eval/bits_per_byte" in last:
             line += f" = {last['eval/bits_per_byte']:.3f} bits per byte"
             known = [f"{words} {yardsticks[name]:.3f}" for name, words in YARDSTICKS.items() if name in yardsticks]
@@ -166,10 +173,13 @@ def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dic
         parts.append(line)
     if sample:
         parts.append(f"sampled text:\n{sample}")
+    use = f"  generate  {command} generate --workdir={workdir} --prompt='def '"
+    if last is not None and "eval/examples" in last:
+        use = f"  predict   {command} predict --workdir={workdir} --input=FILE.jsonl"
     parts.append(
         f"The run is in {workdir}\n"
         f"  resume    {command} train --config={workdir}/config.json --workdir={workdir} --config.train.steps=N\n"
-        f"  generate  {command} generate --workdir={workdir} --prompt='def '\n"
+        f"{use}\n"
         f"  evaluate  {command} evaluate --workdir={workdir}\n"
         f"  export    {command} export --workdir={workdir} --to={workdir}/export"
     )

@@ -45,7 +45,7 @@ def gradients(
     weights = {name: jnp.maximum(weight, 1e-9) for name, weight in objective.weights(batch).items()}
     coefficients = objective.coefficients()
     dropout = getattr(model.cfg, "dropout", None)
-    uses_dropout = dropout is not None and any(vars(dropout).values())
+    uses_dropout = dropout is not None and any((*vars(dropout).values(), getattr(model.cfg, "head_dropout", 0)))
 
     dropout_key = rng.stream(seed, "dropout", step) if uses_dropout else None
     if uses_dropout:  # each row's mask goes by its number, in whatever micro-batch it is
@@ -105,12 +105,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
 
-    `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm.
+    `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm, nor
+    do balance biases.
 
     Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
     (see the objective), "bad_in_a_row", "bad_total" and, where the loss is the code length of targets whose bytes are
     known, "bytes".
     """
+
+    counted = optim.counted_mask(trainable, model.axes())
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, terms, weight = gradients(
@@ -123,7 +126,7 @@ def make_train_step(
             step=state.step,
             accumulation=accumulation,
         )
-        grad_norm = optim.global_norm(grads, trainable)
+        grad_norm = optim.global_norm(grads, counted)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(terms["loss"])
         good = finite & (weight > 0)  # a batch of padding alone is no update either
 

@@ -29,7 +29,7 @@ from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.base import Objective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import checkpoint, optim, report, run_folder
+from llm_jax.training import checkpoint, optim, pretrained, report, run_folder
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
 from llm_jax.training.evaluate import Evaluator, Judge, make_evaluator
@@ -113,7 +113,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     shapes, axes = model.shapes(), model.axes()
     objective = objectives.make(cfg)
-    tx = optim.make(cfg.optim, steps, shapes, axes)
+    tx = optim.make(cfg.optim, steps, shapes, axes, balance_rate=cfg.model.moe.balance_rate)
     abstract_state = train_state.abstract(
         model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload
     )
@@ -122,7 +122,8 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
     run_folder.check_same_config(workdir, to_dict(cfg))
     init = lambda: train_state.init(model, tx, abstract_state, cfg.seed)  # noqa: E731
-    start = checkpoint.start(cfg.checkpoint, checkpoints, abstract_state, init)
+    from_hub = lambda name, params: pretrained.start_from(name, params, cfg)  # noqa: E731
+    start = checkpoint.start(cfg.checkpoint, checkpoints, abstract_state, init, from_hub)
     if start.step > steps:
         raise UserError(
             f"train.steps: the run is {steps} steps long, and {start.how} is beyond that; ask for more steps."
@@ -356,6 +357,8 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     cfg = with_labels(cfg, [])
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
-    tx = optim.make(cfg.optim, updates, model.shapes(), model.axes())
+    tx = optim.make(
+        cfg.optim, updates, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate
+    )
     ema = cfg.train.ema_decay > 0
     return cfg, layout, model, train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)

@@ -1,0 +1,139 @@
+"""`llm-jax predict`: labels and scores of new records, in batches, as they are read."""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from llm_jax.config import Config
+from llm_jax.config.schema import LABELLED_TASKS, SourceConfig
+from llm_jax.data.labelled import Encoder
+from llm_jax.data.labelled_rows import LabelledRows, evaluation_batches
+from llm_jax.data.labelled_scores import predictions
+from llm_jax.data.progress import Progress
+from llm_jax.data.sources import find_files
+from llm_jax.data.tables import Record, read_table
+from llm_jax.errors import UserError
+from llm_jax.objectives import registry as objectives
+from llm_jax.training import restore, run_folder
+from llm_jax.training.restore import TrainedModel
+
+CHUNK = 1024  # records that are encoded at a time; those of like length among them share batches
+
+
+class Predictor:
+    """A trained model with what turns records into predictions. Compiled once for each bucket.
+
+    Args:
+      run: of a labelled task.
+      names: of the labels.
+      batch_size: records of a batch.
+    """
+
+    def __init__(self, run: TrainedModel, names: Sequence[str], batch_size: int = 0):
+        cfg = run.cfg
+        if cfg.data.task not in LABELLED_TASKS:
+            raise UserError(
+                f"predict gives labels, and this run's data.task is {cfg.data.task!r}; llm-jax generate continues text"
+            )
+        if jax.process_count() > 1:
+            raise UserError("predict runs as one process: start it on one machine, without the others")
+        self.cfg, self.names, self.run = cfg, tuple(names), run
+        layout = run.model.module.layout
+        wanted = batch_size or cfg.eval.batch_size or cfg.train.global_batch_size
+        self.batch_size = -(-wanted // layout.batch_shards) * layout.batch_shards
+        self._layout, self._encode = layout, Encoder(cfg.data, run.tokenizer, names)
+        objective = objectives.make(cfg)
+        self._evaluate = jax.jit(
+            lambda params, batch: objective.evaluation(run.model, params, batch), out_shardings=layout.replicated
+        )
+
+    def __call__(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """The prediction of each record (`labelled_scores.predictions`)."""
+        examples = self._encode(records, labelled=False)
+        rows = LabelledRows(examples, self.cfg.data)
+        batches = evaluation_batches(rows, self.batch_size, self._layout.batch_rows)
+        found = [self._evaluate(self.run.params, self._put(batch, rows)) for batch in batches]
+        kept = [{name: np.asarray(array) for name, array in jax.device_get(batch).items()} for batch in found]
+        return predictions(self.cfg.data, self.names, examples, kept)
+
+    def _put(self, batch: Any, rows: LabelledRows) -> dict[str, jax.Array]:
+        return self._layout.put_batch(batch, self.batch_size * rows.texts_a_record)
+
+
+def open_run(workdir: str, step: int | None = None, overrides: Sequence[str] = (), batch_size: int = 0) -> Predictor:
+    """The predictor of a run, needing nothing but its folder."""
+    run = restore.restore(workdir, step, overrides)
+    return Predictor(run, run_folder.read_labels(workdir), batch_size)
+
+
+def predict(
+    workdir: str,
+    input: str,
+    output: str = "-",
+    *,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    batch_size: int = 0,
+) -> int:
+    """Write one JSON object a record, {"row", ...}, in the order of the input; returns how many.
+
+    Args:
+      workdir: the run's folder.
+      input: a jsonl, csv, tsv or parquet file (or a folder, or glob, of them) with the columns that the run read.
+      output: a file, which gets its name when all is written; "-" is standard output.
+      step: which checkpoint; None: the run's latest, or best.
+
+    Raises:
+      DataError: a record that cannot be read, with its file, row and column.
+    """
+    files = find_files(input)  # told before a model is loaded
+    predictor = open_run(workdir, step, overrides, batch_size)
+    count = 0
+    with opened(output) as out, Progress().counting("predicting", sum(file.size for file in files)) as advance:
+        for chunk in chunks(read_table(SourceConfig(path=input), meter=lambda size: advance(size, 0)), CHUNK):
+            for record, found in zip(chunk, predictor(chunk), strict=True):
+                out.write(json.dumps({"row": record.row} | found, ensure_ascii=False) + "\n")
+            count += len(chunk)
+            advance(0, len(chunk))
+    return count
+
+
+def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, size)):
+        yield chunk
+
+
+@contextlib.contextmanager
+def opened(output: str) -> Iterator[TextIO]:
+    """Standard output, or a file that appears under its name when it is whole."""
+    if output == "-":
+        yield sys.stdout
+        return
+    partial = f"{output}.partial"
+    try:
+        stream = open(partial, "w", encoding="utf-8")  # noqa: SIM115 closed below, before it is renamed
+    except OSError as error:
+        raise UserError(f"--output={output}: it cannot be written ({error.strerror}); give another file") from None
+    with stream:
+        yield stream
+    os.replace(partial, output)
+
+
+def records_of(texts: Sequence[Any], cfg: Config) -> list[Record]:
+    """Records of texts, pairs of texts, or dicts by column."""
+    columns = cfg.data.columns
+    found = []
+    for number, text in enumerate(texts, 1):
+        values = dict(text) if isinstance(text, dict) else {columns.text: text}
+        if isinstance(text, tuple):
+            values = dict(zip((columns.text, columns.pair), text, strict=True))
+        found.append(Record("the given texts", number, values, str(number)))
+    return found

@@ -1,0 +1,140 @@
+"""Starting from what others have trained: a checkpoint of the hub under a model of ours, with a head of its own.
+
+`adopt` takes over the model's config and the tokenizer; `start_from` the parameters. What the checkpoint has no
+parameters for must belong to the head, and starts fresh; what it has beside is left out. Both are told.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.config import Config, DecoderConfig
+from llm_jax.config.tasks import HEADS
+from llm_jax.convert import hub, source
+from llm_jax.data import tokenizers
+from llm_jax.errors import ConfigError, DataError
+from llm_jax.models import registry
+from llm_jax.precision import Precision
+from llm_jax.sharding import Layout, path_name
+from llm_jax.training import convert
+from llm_jax.training.heads import origins
+
+HUB = "hf:"
+
+
+def adopt(cfg: Config) -> Config:
+    """`cfg` with the model and the tokenizer of the checkpoint that `checkpoint.init_from=hf:...` names.
+
+    Keys of `model` that differ from their defaults stay as they are, such as dropout; the head is that of the task.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be said here.
+      ConfigError: the tokenizer that the config names is another model's.
+    """
+    if not cfg.checkpoint.init_from.startswith(HUB):
+        return cfg
+    folder = hub.folder_of(cfg.checkpoint.init_from.removeprefix(HUB), None)
+    theirs = source.open_folder(folder).cfg
+    untouched = cfg.model == DecoderConfig()
+    if not untouched and cfg.model.family != theirs.family:
+        raise ConfigError(
+            f"model.family = {cfg.model.family!r}: the checkpoint in {folder} is of the family {theirs.family}; leave "
+            "the model out of the config, and it is taken from there"
+        )
+    changes = {} if untouched else changed(cfg.model)
+    if cfg.data.task in HEADS and "head" not in changes:
+        fitting = HEADS[cfg.data.task]
+        plain = cfg.data.task == "masked" and not cfg.data.masking.next_sentence
+        changes["head"] = fitting[-1] if plain else fitting[0]
+    data = dataclasses.replace(cfg.data, tokenizer=tokenizer_of(cfg, folder))
+    return dataclasses.replace(cfg, model=dataclasses.replace(theirs, **changes), data=data)
+
+
+def changed(model: Any) -> dict[str, Any]:
+    """The keys of a model's config that are not at their defaults."""
+    default = type(model)()
+    return {name: value for name, value in vars(model).items() if value != getattr(default, name)}
+
+
+def tokenizer_of(cfg: Config, folder: Path) -> str:
+    """The path of the tokenizer: the checkpoint's, or the config's own, which must have the same vocabulary."""
+    theirs = folder / "tokenizer.json"
+    given = cfg.data.tokenizer
+    if given == "byte":  # the default: an encoder or decoder of the hub has none of bytes
+        if not theirs.is_file() and not (folder / "tokenizer.model").is_file():
+            raise DataError(f"{folder} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to the "
+                            "tokenizer.json of this model")  # fmt: skip
+        return str(theirs if theirs.is_file() else folder / "tokenizer.model")
+    own = Path(given).expanduser()
+    comparable = theirs.is_file() and own.is_file() and own.suffix == ".json"
+    if comparable and vocabulary(own) != vocabulary(theirs):
+        raise ConfigError(
+            f"data.tokenizer = {given!r}: it is not the tokenizer of the checkpoint in {folder}, whose ids mean other "
+            "text; leave it out, and the checkpoint's own is taken"
+        )
+    return given
+
+
+def vocabulary(path: Path) -> Any:
+    """The table of tokens of a tokenizer.json."""
+    tokenizers.read(str(path))  # refuses what is none
+    return json.loads(path.read_text(encoding="utf-8"))["model"].get("vocab")
+
+
+def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
+    """Fresh parameters with those of a checkpoint of the hub in their places.
+
+    Args:
+      name: "hf:" and a path or name.
+      params: fresh ones; they keep their dtypes and shardings.
+      cfg: of the run.
+
+    Returns:
+      The parameters, and one sentence for the reader.
+
+    Raises:
+      DataError: the checkpoint lacks parameters that are not the head's, or has them in another shape.
+    """
+    found = source.open_folder(hub.folder_of(name.removeprefix(HUB), None))
+    tensors = found.tensors()
+    theirs = registry.build(found.cfg, Layout(), Precision.make(cfg.precision))
+    moves = convert.moves_of(found.family, found.cfg.vocab_size, theirs, tensors)
+    source.check_names(found, tensors, moves)
+    shapes = convert.by_path(theirs.shapes())
+    fresh = convert.by_path(params)
+    sources = origins(fresh, shapes, str(found.folder))
+    wanted = set(sources.values())
+    arrays = {path: np.zeros(shapes[path].shape, np.float32) for path in wanted}
+    for move in moves:
+        if not any(slot.path in wanted for slot in move.ours):
+            continue
+        ours = move.transform.to_ours([tensors[their_name].read() for their_name in move.theirs])
+        for slot, values in zip(move.ours, ours, strict=True):
+            if slot.path in wanted:
+                room = arrays[slot.path][slot.index]
+                room[: len(values)] = values  # what fills a padded vocabulary up stays zero
+    params = merged(params, {path: arrays[origin] for path, origin in sources.items()})
+    return params, told(name, sources, fresh, sorted(set(shapes) - wanted))
+
+
+def merged(params: Any, arrays: Mapping[str, Any]) -> Any:
+    """`params` with the arrays at their paths, in the dtypes and shardings that stand there."""
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        array = arrays.get(path_name(path))
+        return leaf if array is None else jax.device_put(jnp.asarray(array, leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def told(name: str, sources: Mapping[str, str], fresh: Mapping[str, Any], dropped: list[str]) -> str:
+    new = sorted(path for path in fresh if path not in sources)
+    text = f"begins at step 0 with {len(sources)} parameters of {name}"
+    text += f"; fresh: {', '.join(new)}" if new else ""
+    return text + (f"; not taken over: {', '.join(dropped)}" if dropped else "")
