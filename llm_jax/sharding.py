@@ -31,6 +31,9 @@ PARAMETER_RULES: Rules = (
     ("mlp", ("tensor",)),
     ("expert", ("expert",)),
     ("router", ()),
+    ("balance", ()),
+    ("latent", ("fsdp",)),  # of latent attention: what is projected up from
+    ("rank", ()),  # the same numbers, where they are projected down to
     ("adapter", ()),
     ("layers", ("stage",)),
     ("first_layers", ()),  # before the pipeline: every stage computes them

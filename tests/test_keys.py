@@ -93,7 +93,7 @@ def updates(cfg, folder):
     """Two updates of the optimizer, on fixed parameters and gradients."""
     model = model_of(cfg, Layout())
     shapes = model.shapes()
-    tx = optim.make(cfg.optim, 20, shapes, model.axes())
+    tx = optim.make(cfg.optim, 20, shapes, model.axes(), balance_rate=cfg.model.moe.balance_rate)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), shapes)
     state, found = tx.init(params), []
     for scale in (0.5, 2.0):
@@ -111,7 +111,7 @@ def meshed(cfg, folder):
 def program(cfg, folder, layout=Layout()):  # noqa: B008
     """The step of training, as it is traced."""
     model = model_of(cfg, layout)
-    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
+    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate)
     state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0)
     shape = (cfg.train.global_batch_size, cfg.data.sequence_length)
     whole = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
@@ -131,7 +131,7 @@ def shards(cfg, folder):
     """How parameters, optimizer state and the batch are split."""
     layout = abstract_layout(cfg.mesh, 8)
     model = model_of(cfg, layout)
-    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes())
+    tx = optim.make(cfg.optim, 20, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate)
     state = train_state.abstract(model, tx, layout, ema=False, offload=cfg.optim.offload)
     held = [(str(x.sharding.spec), x.sharding.memory_kind) for x in jax.tree.leaves(state)]
     return held, layout.mesh.shape, layout.batch_sharding()
@@ -314,6 +314,7 @@ KEYS = {
     "optim.offload": (shards, ".*"),
     "model.moe.balance_loss": (program, 0.5, *EXPERTS),
     "model.moe.router_z_loss": (program, 0.5, *EXPERTS),
+    "model.moe.balance_rate": (updates, 0.5, *EXPERTS, "model.moe.balance_bias=True"),
     "mesh.stage": (shards, 2, "model.num_layers=2", "model.vocab_multiple=2"),
     "mesh.stage_microbatches": (meshed, 4, *STAGES),
     "mesh.stage_repeats": (meshed, 2, *STAGES),

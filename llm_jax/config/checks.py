@@ -219,16 +219,43 @@ def check_latent(model: TransformerConfig) -> None:
 
 def check_experts(model: TransformerConfig) -> None:
     moe, default = model.moe, MoEConfig()
-    if moe.num_experts and moe.top_k > moe.num_experts:
-        reason = f"a token cannot go to more than model.moe.num_experts = {moe.num_experts} experts"
-        raise refuse("model.moe.top_k", moe.top_k, reason, f"give at most {moe.num_experts}")
-    if moe.num_experts and moe.top_k == 1 and moe.renormalize:
-        reason = "with model.moe.top_k = 1 the weight would always be 1, and the loss could not train the router"
-        raise refuse("model.moe.renormalize", True, reason, "set renormalize=False (Switch), or top_k=2")
     for name, value in vars(moe).items():
         if not moe.num_experts and value != getattr(default, name):
             reason = "model.moe.num_experts is 0, so there are no experts"
             raise refuse(f"model.moe.{name}", value, reason, "set model.moe.num_experts, or leave this out")
+    if not moe.num_experts:
+        return
+    if moe.top_k > moe.num_experts:
+        reason = f"a token cannot go to more than model.moe.num_experts = {moe.num_experts} experts"
+        raise refuse("model.moe.top_k", moe.top_k, reason, f"give at most {moe.num_experts}")
+    if moe.top_k == 1 and moe.renormalize:
+        reason = "with model.moe.top_k = 1 the weight would always be 1, and the loss could not train the router"
+        raise refuse("model.moe.renormalize", True, reason, "set renormalize=False (Switch), or top_k=2")
+    if moe.dense_layers >= model.num_layers:
+        reason = f"no layer of model.num_layers = {model.num_layers} would have experts"
+        raise refuse("model.moe.dense_layers", moe.dense_layers, reason, "give fewer, or set num_experts=0")
+    if moe.balance_rate != default.balance_rate and not moe.balance_bias:
+        reason = "model.moe.balance_bias is False, so nothing moves by it"
+        raise refuse("model.moe.balance_rate", moe.balance_rate, reason, "set balance_bias=True, or leave this out")
+    check_expert_groups(moe)
+
+
+def check_expert_groups(moe: MoEConfig) -> None:
+    """Groups are equal, and those that are chosen hold as many experts as a token goes to."""
+    if moe.num_experts % moe.groups:
+        reason = f"model.moe.num_experts = {moe.num_experts} does not split into so many equal groups"
+        fix = f"give one of {', '.join(map(str, divisors(moe.num_experts)))}"
+        raise refuse("model.moe.groups", moe.groups, reason, fix)
+    size = moe.num_experts // moe.groups
+    if moe.top_groups > moe.groups:
+        reason = f"there are model.moe.groups = {moe.groups} of them"
+        raise refuse("model.moe.top_groups", moe.top_groups, reason, f"give at most {moe.groups}")
+    if moe.top_groups * size < moe.top_k:
+        reason = f"so many groups of {size} experts do not hold the model.moe.top_k = {moe.top_k} that a token goes to"
+        raise refuse("model.moe.top_groups", moe.top_groups, reason, f"give at least {-(-moe.top_k // size)}")
+    if moe.groups > 1 and moe.scores == "sigmoid" and size < 2:
+        reason = "by sigmoid scores a group is as good as its best two experts, and each group has one"
+        raise refuse("model.moe.groups", moe.groups, reason, "give fewer groups, or scores=softmax")
 
 
 def check_lora(lora: LoraConfig) -> None:
@@ -249,7 +276,7 @@ def check_lora(lora: LoraConfig) -> None:
 
 def check_remat(model: TransformerConfig) -> None:
     absent = {} if model.activation in GATED else {"mlp_gate": f"model.activation = {model.activation} has no gate"}
-    if model.moe.num_experts:
+    if model.moe.num_experts and not model.moe.shared_dim and not model.moe.dense_layers:
         absent = dict.fromkeys(("mlp_gate", "mlp_up"), "experts have no such tensors: their products keep their inputs")
     names = [entry.partition("=")[0] for entry in model.remat_save]
     for entry in model.remat_save:
@@ -269,7 +296,7 @@ def check_remat(model: TransformerConfig) -> None:
 def check_positions(model: TransformerConfig) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rotary":
-        rotated = head_dim * model.rope.fraction
+        rotated = model.latent.rope_dim if model.latent.kv_rank else head_dim * model.rope.fraction
         if rotated != int(rotated) or int(rotated) % 2:
             reason = f"rotary positions turn pairs, and {rotated:g} of each head's {head_dim} numbers would turn"
             key, value = ("head_dim", head_dim) if model.rope.fraction == 1 else ("rope.fraction", model.rope.fraction)

@@ -6,10 +6,12 @@ stops and names what is missing; nothing falls through to a back end that would 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.context import all_to_all_attention, all_to_all_lacks, ring_attention
@@ -129,6 +131,7 @@ class Kernel:
       for_split: "auto" takes it only where the length is split.
       zigzag: it gives all devices equal work if rows are in `context.zigzag_order`, and goes by the mask's places.
       within: it hands whole rows to another kernel, of the selector's choice.
+      own_value_size: values may be of another size than keys; the others get the smaller ones filled up with zeros.
     """
 
     name: str
@@ -141,6 +144,7 @@ class Kernel:
     for_split: bool = False
     zigzag: bool = False
     within: bool = False
+    own_value_size: bool = False
 
     def attend(
         self,
@@ -152,7 +156,7 @@ class Kernel:
         layout: Layout | None = None,
         **terms: Any,
     ) -> jax.Array:
-        """(B, T, N, H), (B, S, K, H) twice to (B, T, N, H), as `dense.reference_attention` with the same arguments.
+        """(B, T, N, H), (B, S, K, H), (B, S, K, V) to (B, T, N, V), as `dense.reference_attention` with the same arguments.
 
         Args:
           layout: how the arrays are split over a mesh.
@@ -162,9 +166,12 @@ class Kernel:
         given = {name: term for name, term in terms.items() if term is not None and (name != "softcap" or term)}
         if more := given.keys() - self.covers:
             raise ValueError(f"{self.name} attention was given {', '.join(sorted(more))}, which it does not cover.")
-        if self.by_device:
-            return self.function(query, key, value, mask, Split.of(layout or Layout()), **given)
-        return self.function(query, key, value, mask, **given)
+        size = value.shape[-1]
+        if not self.own_value_size:
+            query, key, value = of_one_size(query, key, value)
+        split = (Split.of(layout or Layout()),) if self.by_device else ()
+        out = self.function(query, key, value, mask, *split, **given)
+        return out if out.shape[-1] == size else out[..., :size]
 
     def lacks(self, options: AttentionOptions, platform: str) -> list[str]:
         """What stands between this back end and the request, in words."""
@@ -174,6 +181,17 @@ class Kernel:
         if options.dtype not in self.dtypes:
             missing.append(f"the dtype {options.dtype}")
         return missing + self.lacks_shape(options)
+
+
+def of_one_size(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same attention with heads of one size: zeros at the end of keys, queries or values change no product."""
+    old, size = key.shape[-1], max(key.shape[-1], value.shape[-1])
+
+    def fill(x: jax.Array) -> jax.Array:
+        return x if x.shape[-1] == size else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1])))
+
+    query = query if old == size else query * math.sqrt(size / old)  # kernels divide by the root of the size
+    return fill(query), fill(key), fill(value)
 
 
 KERNELS = (  # "auto" takes the first that covers the request
@@ -212,7 +230,7 @@ KERNELS = (  # "auto" takes the first that covers the request
         for_split=True,
         within=True,
     ),
-    Kernel("reference", reference_attention, frozenset(CAPABILITIES)),  # XLA gathers split rows
+    Kernel("reference", reference_attention, frozenset(CAPABILITIES), own_value_size=True),  # XLA gathers split rows
     Kernel(
         "xla",
         jax_attention("xla"),

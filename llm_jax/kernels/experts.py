@@ -32,51 +32,92 @@ class Routing(NamedTuple):
 
     Attributes:
       balance: tokens * E * sum over e of f_e P_e, with f_e the share of the row's choices that fell on expert e and
-        P_e its mean probability (arXiv 2101.03961, equation 4, for each row alone). `tokens` where all is even.
+        P_e its mean probability (arXiv 2101.03961, equation 4, for each row alone). `tokens` where all is even. Sigmoid
+        scores are divided by their sum for it (arXiv 2412.19437, equations 17 to 20).
       z: sum of logsumexp(logits)^2 (arXiv 2202.08906, equation 5).
       dropped: number of (token, choice) pairs that found no room.
+      pull: 0, with the gradient E * (load_e - mean load) for the balance bias of each expert e; None: there is none.
     """
 
     balance: jax.Array
     z: jax.Array
     dropped: jax.Array
+    pull: jax.Array | None = None
 
 
 def route(
-    logits: jax.Array, segment_ids: jax.Array | None, top_k: int, *, renormalize: bool
+    logits: jax.Array,
+    segment_ids: jax.Array | None,
+    top_k: int,
+    *,
+    renormalize: bool,
+    scores: str = "softmax",
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    balance_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Routing]:
-    """The likeliest experts of each token.
+    """The best experts of each token: those with the highest scores, softmax(logits) or sigmoid(logits).
 
     Args:
       logits: (B, T, E), of the router, in at least float32.
       segment_ids: (B, T), 0 for padding; None: no padding.
       top_k: experts a token goes to.
-      renormalize: the chosen probabilities are scaled to add up to 1 (Mixtral, arXiv 2401.04088).
+      renormalize: the chosen scores are scaled to add up to 1 (Mixtral, arXiv 2401.04088).
+      scores: "softmax" or "sigmoid" (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+      groups: of E / groups neighbours each; a token's experts lie in its `top_groups` best (arXiv 2405.04434, section
+        2.2.2). A group is as good as its best expert, by sigmoid scores as the sum of its best two (DeepSeek-V3).
+      scale: factor on the weights.
+      balance_bias: (E,), added to the scores where experts and groups are chosen, and nowhere else (arXiv 2408.15664).
 
     Returns:
-      weights (B, T, k) and experts (B, T, k) int32, likeliest first; padding has weight 0 and expert E, which is none.
+      weights (B, T, k) and experts (B, T, k) int32, best first; padding has weight 0 and expert E, which is none.
       And the statistics, with nothing dropped.
     """
     num_experts = logits.shape[-1]
     real = jnp.ones(logits.shape[:2], bool) if segment_ids is None else segment_ids != 0
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    probabilities = jnp.exp(logits - log_z[..., None])
-    weights, experts = _top_k(probabilities, top_k)
+    score = jnp.exp(logits - log_z[..., None]) if scores == "softmax" else jax.nn.sigmoid(logits)
+    ranked = jax.lax.stop_gradient(score)
+    if balance_bias is not None:
+        ranked = ranked + jax.lax.stop_gradient(balance_bias).astype(score.dtype)[None, None]
+    if groups > 1:
+        ranked = _in_top_groups(ranked, groups, top_groups, of_group=1 if scores == "softmax" else 2)
+    experts = _top_k(ranked, top_k)
+    weights = _at(score, experts)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    weights = jnp.where(real[..., None], weights, 0)
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    weights = jnp.where(real[..., None], scale * weights, 0)
     experts = jnp.where(real[..., None], experts, num_experts)
 
+    probabilities = score if scores == "softmax" else score / (score.sum(-1, keepdims=True) + 1e-20)
     tokens = real.sum(1).astype(logits.dtype)
-    choices = _one_hot(experts, num_experts).sum((1, 2)).astype(logits.dtype)
+    load = _one_hot(experts, num_experts).sum((1, 2)).astype(logits.dtype)  # (B, E)
     total = jnp.where(real[..., None], probabilities, 0).sum(1)
-    balance = num_experts / top_k * (choices * total).sum(-1) / jnp.maximum(tokens, 1)
+    balance = num_experts / top_k * (load * total).sum(-1) / jnp.maximum(tokens, 1)
     z = jnp.where(real, jnp.square(log_z), 0).sum(1)
-    return weights, experts, Routing(balance, z, jnp.zeros_like(z))
+    pull = None if balance_bias is None else _pull(load, top_k * tokens, balance_bias)
+    return weights, experts, Routing(balance, z, jnp.zeros_like(z), pull)
 
 
-def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest numbers of the last axis and where they stand, int32; the first of equal ones comes first.
+def _in_top_groups(ranked: jax.Array, groups: int, top_groups: int, *, of_group: int) -> jax.Array:
+    """(B, T, E), -inf outside of the best groups; a group is the sum of the `of_group` best in it."""
+    grouped = ranked.reshape(*ranked.shape[:-1], groups, -1)
+    best = _at(grouped, _top_k(grouped, of_group)).sum(-1)
+    chosen = _one_hot(_top_k(best, top_groups), groups).any(-2)
+    return jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+
+
+def _pull(load: jax.Array, choices: jax.Array, bias: jax.Array) -> jax.Array:
+    """(B,), 0. The gradient for the bias is E load_e - sum of the loads: whole numbers, so that sums over rows are exact
+    in whatever order they are taken, and an even load gives 0."""
+    above = jax.lax.stop_gradient(load.shape[-1] * load - choices[:, None])
+    pull = (above * bias.astype(above.dtype)[None]).sum(-1)
+    return pull - jax.lax.stop_gradient(pull)
+
+
+def _top_k(x: jax.Array, k: int) -> jax.Array:
+    """(..., k) int32: where the k largest numbers of the last axis stand, the first of equal ones first.
 
     One maximum after the other: XLA splits a maximum over any mesh, but gathers what it takes a top-k of.
     """
@@ -85,8 +126,13 @@ def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     for _ in range(k):
         places.append(left.argmax(-1).astype(jnp.int32))
         left = jnp.where(_one_hot(places[-1], x.shape[-1]), -jnp.inf, left)
-    values = [jnp.where(_one_hot(place, x.shape[-1]), x, 0).sum(-1) for place in places]
-    return jnp.stack(values, -1), jnp.stack(places, -1)
+    return jnp.stack(places, -1)
+
+
+def _at(x: jax.Array, places: jax.Array) -> jax.Array:
+    """(..., k): the numbers of (..., n) that stand there. A sum, whose gradient does not scatter."""
+    parts = jnp.moveaxis(places, -1, 0)
+    return jnp.stack([jnp.where(_one_hot(place, x.shape[-1]), x, 0).sum(-1) for place in parts], -1)
 
 
 def _one_hot(x: jax.Array, size: int) -> jax.Array:

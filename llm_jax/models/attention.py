@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -94,13 +95,13 @@ def attention_request(
         sinks=cfg.attention_sinks,
         cache=cache,
         dtype=dtype,
-        head_dim=query_dim(cfg),
+        head_dim=max(query_dim(cfg), value_dim(cfg)),
         heads=cfg.num_heads,
         kv_heads=num_kv_heads(cfg),
         length=length,
         length_parts=layout.activation_pieces("length"),
         head_parts=layout.activation_pieces("heads"),
-        kv_head_parts=layout.activation_pieces("kv_heads"),
+        kv_head_parts=layout.activation_pieces("heads" if cfg.latent.kv_rank else "kv_heads"),
     )
 
 
@@ -165,10 +166,7 @@ class Attention(nn.Module):
         heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
         shared = shared.seen_by(self.kind, cfg.sliding_window)
         mask, angles = shared.mask, shared.angles
-
-        drop = None
-        if dropout_key is not None and cfg.dropout.attention:
-            drop = functools.partial(self._drop, key=dropout_key, rows=shared.rows)
+        drop = drop_probabilities(cfg, self.layout, dropout_key, shared.rows, "kv_heads")
         query = self._heads("query", x, heads, "heads")
         key = self._heads("key", x, kv_heads, "kv_heads")
         value = self._heads("value", x, kv_heads, "kv_heads")
@@ -179,40 +177,22 @@ class Attention(nn.Module):
             query = query * (cfg.attention_scale * math.sqrt(size))
         query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
         if cache_length:
-            key, value = self._cached(key, value, mask.query_index, cache_length)
+            new = {"cached_key": key, "cached_value": value}
+            key, value = cached(self, new, mask.query_index, cache_length)
 
         sinks = None
         if cfg.attention_sinks:
             sinks = self.param("sinks", named(nn.initializers.zeros, "heads"), (heads,), self.precision.params)
         attend = reference_attention
         if not self.is_initializing():  # that is on one row of one token, which no mesh splits
-            kernel = choose_kernel(
-                cfg,
-                self.layout,
-                self.kind,
-                segments=mask.query_segments is not None,
-                length=x.shape[1],
-                dtype=query.dtype.name,
-                dropout=drop is not None,
-                cache=bool(cache_length),
-            )
-            attend = functools.partial(kernel.attend, layout=self.layout)
+            attend = attend_with(cfg, self.layout, self.kind, query, mask, drop=drop, cached=bool(cache_length))
         out = attend(
             query, key, value, mask, softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop, sinks=sinks
         )
 
         out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
         out = out.reshape(*x.shape[:-1], heads * size)
-        out = Linear(
-            cfg.embed_dim,
-            ("heads", "embed"),
-            linear_init(cfg, residual=True),
-            self.layout,
-            self.precision,
-            use_bias=cfg.bias in ("all", "attention"),
-            name="out",
-        )(out)
-        return out * cfg.attention_output_scale
+        return output_projection(cfg, self.layout, self.precision)(out)
 
     def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         """Project (B, T, D) to (B, T, heads, H)."""
@@ -239,24 +219,73 @@ class Attention(nn.Module):
                 return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
         return x
 
-    def _drop(self, probabilities: jax.Array, *, key: jax.Array, rows: jax.Array) -> jax.Array:
-        """Dropout of (B, K, T, N / K, S)."""
-        axes = ("batch", "kv_heads", "length", None, None)
-        return dropout(probabilities, self.cfg.dropout.attention, key, rows, self.layout, *axes)
 
-    def _cached(
-        self, key: jax.Array, value: jax.Array, slots: jax.Array, cache_length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Write keys and values (B, T, K, H) into their slots (B, T) and return all slots (B, S, K, H).
+# --------------------------------------------------------------------------- what latent attention does likewise
 
-        A token's slot is its place in the row; a slot beyond the cache (padding) is not written.
-        """
-        batch = key.shape[0]
-        rows = jnp.arange(batch)[:, None]
-        caches = []
-        for name, new in (("cached_key", key), ("cached_value", value)):
-            shape = (batch, cache_length, *new.shape[2:])
-            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-            cache.value = cache.value.at[rows, slots].set(new, mode="drop")
-            caches.append(cache.value)
-        return caches[0], caches[1]
+
+def attend_with(
+    cfg: TransformerConfig,
+    layout: Layout,
+    kind: LayerKind,
+    query: jax.Array,
+    mask: AttentionMask,
+    *,
+    drop: functools.partial | None,
+    cached: bool,
+) -> functools.partial:
+    """`attend(query, key, value, mask, **terms)` of the layer's back end, on its mesh."""
+    kernel = choose_kernel(
+        cfg,
+        layout,
+        kind,
+        segments=mask.query_segments is not None,
+        length=query.shape[1],
+        dtype=query.dtype.name,
+        dropout=drop is not None,
+        cache=cached,
+    )
+    return functools.partial(kernel.attend, layout=layout)
+
+
+def drop_probabilities(
+    cfg: TransformerConfig, layout: Layout, key: jax.Array | None, rows: jax.Array, heads: str
+) -> functools.partial | None:
+    """Dropout of probabilities (B, K, T, N / K, S), K the logical axis `heads`; None: there is none."""
+    rate = cfg.dropout.attention
+    if key is None or not rate:
+        return None
+    axes = ("batch", heads, "length", None, None)
+    return functools.partial(_drop, rate=rate, key=key, rows=rows, layout=layout, axes=axes)
+
+
+def _drop(x: jax.Array, *, rate: float, key: jax.Array, rows: jax.Array, layout: Layout, axes: tuple) -> jax.Array:
+    return dropout(x, rate, key, rows, layout, *axes)
+
+
+def cached(module: nn.Module, new: dict[str, jax.Array], slots: jax.Array, cache_length: int) -> list[jax.Array]:
+    """Write arrays (B, T, ...) into their slots (B, T) of the module's caches, and return all slots (B, S, ...).
+
+    A token's slot is its place in the row; a slot beyond the cache (padding) is not written.
+    """
+    caches = []
+    for name, values in new.items():
+        batch = values.shape[0]
+        shape = (batch, cache_length, *values.shape[2:])
+        cache = module.variable("cache", name, jnp.zeros, shape, values.dtype)
+        cache.value = cache.value.at[jnp.arange(batch)[:, None], slots].set(values, mode="drop")
+        caches.append(cache.value)
+    return caches
+
+
+def output_projection(cfg: TransformerConfig, layout: Layout, precision: Precision) -> Callable[[jax.Array], jax.Array]:
+    """W_O, with the scale of its output."""
+    out = Linear(
+        cfg.embed_dim,
+        ("heads", "embed"),
+        linear_init(cfg, residual=True),
+        layout,
+        precision,
+        use_bias=cfg.bias in ("all", "attention"),
+        name="out",
+    )
+    return lambda x: out(x) * cfg.attention_output_scale

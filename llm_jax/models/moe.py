@@ -19,9 +19,9 @@ def expert_dim(cfg: TransformerConfig) -> int:
 
 
 class MoE(nn.Module):
-    """y = sum over the chosen experts e of p_e(x) MLP_e(x), each MLP_e of the dense block's form and width.
+    """y = sum over the chosen experts e of p_e(x) MLP_e(x), each MLP_e of the dense block's form.
 
-    The router's logits are computed in at least float32, from parameters that are kept as all others are.
+    Who is chosen, and p_e: `kernels.experts.route`. The router's logits are computed in at least float32, from parameters that are kept as all others are.
     """
 
     cfg: TransformerConfig
@@ -45,7 +45,17 @@ class MoE(nn.Module):
           drop: False computes all choices under the capacity form too: text should not depend on how it was padded.
         """
         moe, layout = self.cfg.moe, self.layout
-        weights, experts, routing = route(self._logits(x), segment_ids, moe.top_k, renormalize=moe.renormalize)
+        weights, experts, routing = route(
+            self._logits(x),
+            segment_ids,
+            moe.top_k,
+            renormalize=moe.renormalize,
+            scores=moe.scores,
+            groups=moe.groups,
+            top_groups=moe.top_groups,
+            scale=moe.scale,
+            balance_bias=self._balance_bias() if moe.balance_bias else None,
+        )
         bank, activation = self._bank(x), functools.partial(activate, self.cfg.activation)
         if not moe.capacity_factor or not drop:
             y = dropless(x, weights, experts, bank, activation, layout)
@@ -53,16 +63,26 @@ class MoE(nn.Module):
             factor = moe.capacity_factor
             y, dropped = capacity(x, weights, experts, bank, activation, layout, factor=factor, places=places)
             routing = routing._replace(dropped=dropped.astype(routing.z.dtype))
-        routing = Routing(*(layout(sums, "batch") for sums in routing))
+        routing = jax.tree.map(lambda sums: layout(sums, "batch"), routing)
         return layout(y, "batch", "length", "embed"), routing
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """(B, T, E). The kernel is gathered first: its "embed" axis is split over axes that also split the batch."""
         parts = (linear_init(self.cfg), self.layout, self.precision)
-        router = Linear(self.cfg.moe.num_experts, ("embed", "router"), *parts, name="router")
-        kernel = self.layout(router.weights(x.shape[-1])[0], None, None)
+        moe = self.cfg.moe
+        router = Linear(moe.num_experts, ("embed", "router"), *parts, use_bias=moe.router_bias, name="router")
+        kernel, bias = router.weights(x.shape[-1])
+        kernel = self.layout(kernel, None, None)
         logits = jnp.einsum("btd,de->bte", at_least_float32(x), at_least_float32(kernel))
+        if bias is not None:
+            logits = logits + at_least_float32(bias)[None, None]
         return self.layout(logits, "batch", "length", None)
+
+    def _balance_bias(self) -> jax.Array:
+        """(E,), in at least float32: bfloat16 would lose its small steps. `training/optim.py` moves it."""
+        dtype = jnp.promote_types(self.precision.params, jnp.float32)
+        zeros = named(nn.initializers.zeros, "balance")
+        return self.param("balance_bias", zeros, (self.cfg.moe.num_experts,), dtype)
 
     def _bank(self, x: jax.Array) -> Bank:
         """The experts' kernels, and biases where linear layers have them, in the dtype of x."""

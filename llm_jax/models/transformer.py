@@ -14,6 +14,7 @@ from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
 from llm_jax.models.kinds import LayerKind, first_layers, layer_kinds, over_layers
+from llm_jax.models.latent import LatentAttention
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
 from llm_jax.models.moe import MoE
 from llm_jax.models.pipeline import pipeline
@@ -91,7 +92,8 @@ class Block(nn.Module):
         """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
         x = checkpoint_name(x, "layer_input")
-        attention = Attention(*parts, self.kind, name="attention")
+        form = LatentAttention if cfg.latent.kv_rank else Attention
+        attention = form(*parts, self.kind, name="attention")
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
@@ -230,7 +232,7 @@ class Stack(nn.Module):
 
         if self.cfg.remat == "none":
             return block
-        # Inside a loop the loop itself keeps XLA from merging the recomputation with the forward pass; not so beside it.
+        # Inside a loop the loop itself keeps XLA from merging recomputation and forward pass; not so beside it.
         in_loop = not self.cfg.layer_pattern
         return jax.checkpoint(block, policy=remat_policy(self.cfg), prevent_cse=not in_loop)
 

@@ -44,6 +44,8 @@ class LanguageObjective:
         if self.moe.num_experts:
             coefficients |= {"router_balance": self.moe.balance_loss, "router_z": self.moe.router_z_loss}
             coefficients |= {"router_dropped": 0.0}
+        if self.moe.balance_bias:
+            coefficients["router_pull"] = 1.0
         return coefficients
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
@@ -57,6 +59,7 @@ class LanguageObjective:
             "router_balance": routed,
             "router_z": routed,
             "router_dropped": routed * self.moe.top_k,
+            "router_pull": jnp.ones_like(predicted),  # its gradient stays whole numbers: see `kernels.experts.route`
         }
         return {name: weights[name] for name in self.coefficients()}
 
@@ -71,7 +74,8 @@ class LanguageObjective:
         if self.z_loss:
             sums["z_loss"] = (jnp.square(found.log_z) * batch["loss_weights"]).sum()
         if found.routing is not None:
-            sums |= {f"router_{name}": values.sum() for name, values in found.routing._asdict().items()}
+            parts = found.routing._asdict().items()
+            sums |= {f"router_{name}": values.sum() for name, values in parts if values is not None}
         return sums
 
     def evaluation(self, model: Model, params: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -87,8 +87,11 @@ def stack_depth(axes: Sequence[str]) -> int:
 
 
 def role(axes: Sequence[str]) -> str:
-    """What a parameter is: "vector" (norm, bias), "embedding" (table, head) or "matrix" (hidden linear layer)."""
+    """What a parameter is: "vector" (norm, bias), "embedding" (table, head), "matrix" (hidden linear layer), or
+    "balance" (what a router adds to experts' scores, which moves by a rule of its own)."""
     own = axes[stack_depth(axes) :]
+    if own == ("balance",):
+        return "balance"
     if len(own) < 2:
         return "vector"
     return "embedding" if any(axis in TABLES for axis in own) else "matrix"
@@ -119,6 +122,15 @@ def trainable_mask(cfg: OptimConfig, shapes: Tree) -> Tree:
     return jax.tree.map(lambda there: not there, frozen)
 
 
+def counted_mask(trainable: Tree | None, axes: Tree) -> Tree | None:
+    """True at the parameters whose gradients count in the norm: those that train, without balance biases, whose
+    gradients are no slopes of the loss. None: all do."""
+    counted = _map_axes(lambda a: role(a) != "balance", axes)
+    if trainable is not None:
+        counted = jax.tree.map(lambda a, b: a and b, counted, trainable)
+    return None if all(jax.tree.leaves(counted)) else counted
+
+
 def matching_mask(key: str, patterns: Sequence[str], shapes: Tree) -> Tree:
     """True at the parameters that one of the patterns names; `key` is named where one matches nothing."""
     found = {path for pattern in patterns for path in _matching(key, pattern, paths(shapes))}
@@ -134,7 +146,13 @@ def lr_factors(cfg: OptimConfig, shapes: Tree) -> Tree:
             raise ConfigError(
                 f"optim.lr_multipliers: {entry!r} is not PATTERN=FACTOR with a factor above 0, such as '.*/bias=2.0'"
             )
-        for path in _matching("optim.lr_multipliers", pattern, paths(shapes)):
+        matched = _matching("optim.lr_multipliers", pattern, paths(shapes))
+        if all(path.endswith("/balance_bias") for path in matched):
+            raise ConfigError(
+                f"optim.lr_multipliers: {entry!r} names {matched[0]} alone, which has no learning rate; set "
+                "model.moe.balance_rate"
+            )
+        for path in matched:
             if path in factors:
                 raise ConfigError(f"optim.lr_multipliers: two entries match the parameter {path}; make them disjoint")
             factors[path] = float(factor)
@@ -173,18 +191,22 @@ def _is_positive_number(text: str) -> bool:
 # -------------------------------------------------------------------------------------------- the optimizer
 
 
-def make(cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree) -> optax.GradientTransformation:
+def make(
+    cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree, *, balance_rate: float | None = None
+) -> optax.GradientTransformation:
     """The whole update rule: (gradients, state, parameters) -> (what to add to the parameters, state).
 
     Args:
       total_updates: length of the run, for the schedule.
       shapes: nested dict of `jax.ShapeDtypeStruct`, one a parameter.
       axes: the same tree with each parameter's logical axis names, as ("layers", "embed", "mlp").
+      balance_rate: `model.moe.balance_rate`; may be left out where no router has a balance bias.
 
     Gradients are normalised per tensor, then clipped by their global norm, then given to the optimizer. State and
     updates are at least float32 whatever the parameters are; `optax.apply_updates` rounds the sum to their dtype.
     The schedule counts calls, so a caller who rejects an update must also keep the old state. Frozen parameters
-    have zero updates and no state, and do not count in the norm.
+    have zero updates and no state, and do not count in the norm. Nor do balance biases, which move by `balance_rate`
+    against the sign of their gradient (arXiv 2408.15664, algorithm 1): no schedule, clipping, decay or multiplier.
     """
     _check_axes(shapes, axes)
     trainable = trainable_mask(cfg, shapes)
@@ -200,9 +222,14 @@ def make(cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree) -> opta
         optax.scale_by_learning_rate(learning_rate(cfg, total_updates)),
     ]
     tx = optax.chain(*(part for part in parts if part is not None))
-    if not all(jax.tree.leaves(trainable)):
-        labels = jax.tree.map(lambda train: "trained" if train else "frozen", trainable)
-        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    labels = jax.tree.map(lambda train: "trained" if train else "frozen", trainable)
+    labels = jax.tree.map(lambda label, a: "balance" if label == "trained" and role(a) == "balance" else label, labels, axes)
+    kinds = set(jax.tree.leaves(labels))
+    if kinds != {"trained"}:
+        rules = {"trained": tx, "frozen": optax.set_to_zero()}
+        if "balance" in kinds:
+            rules["balance"] = _against_the_sign(balance_rate)
+        tx = optax.partition(rules, labels)
     return _at_least_float32(tx)
 
 
@@ -311,6 +338,12 @@ def _adafactor_step_size(depths: Tree) -> optax.GradientTransformation:
         return u / jnp.maximum(1.0, rms(u)) * jnp.maximum(1e-3, rms(p))
 
     return optax.stateless(lambda updates, params: _map_table(one, depths, updates, params))
+
+
+def _against_the_sign(rate: float | None) -> optax.GradientTransformation:
+    if rate is None:
+        raise ValueError("a router has a balance bias: make(...) needs balance_rate, the config's moe.balance_rate")
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: -rate * jnp.sign(g), updates))
 
 
 def _normalize(depths: Tree) -> optax.GradientTransformation:
