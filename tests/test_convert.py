@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, t
     assert config["architectures"] == hub_models.stored(name)[0]["architectures"]
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Phi-3", "Qwen 3 MoE"])
+@pytest.mark.parametrize("name", ["GPT-2", "Phi-3", "Qwen 3 MoE", "Gemma 3", "Pythia"])
 def test_layers_that_are_not_stacked(name, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name)
     put_reference(source, name)
@@ -75,7 +75,7 @@ def test_layers_that_are_not_stacked(name, tmp_path):
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), hub_models.stored(name)[1])
 
 
-@pytest.mark.parametrize("name", ["LLaMA 3.1, tied", "Mixtral", "GPT-2, head untied"])
+@pytest.mark.parametrize("name", ["LLaMA 3.1, tied", "Mixtral", "GPT-2, head untied", "Gemma 2", "Pythia"])
 def test_shards_bf16_and_a_padded_vocabulary(name, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name, dtype="bfloat16", largest=9000)
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -236,12 +236,21 @@ def test_another_architecture_that_can_say_the_model(tmp_path):
 def test_families_say_what_they_can():
     base = DecoderConfig(vocab_size=30)
     assert families.that_can_say(base).architecture == "LlamaForCausalLM"
+    gemma = dict(norm_scale="zero", embedding_scale=True, activation="geglu")
+    neox = dict(norm="layernorm", activation="gelu", bias="all")
     for changes, architecture in (
         (dict(sliding_window=8), "MistralForCausalLM"),
         (dict(bias="qkv"), "Qwen2ForCausalLM"),
         (dict(qk_norm="head"), "Qwen3ForCausalLM"),
         (dict(moe=MoEConfig(num_experts=4)), "MixtralForCausalLM"),
         (dict(moe=MoEConfig(num_experts=4, renormalize=False), qk_norm="head"), "Qwen3MoeForCausalLM"),
+        (dict(sliding_window=8, layer_pattern=("window", "full")), "MinistralForCausalLM"),
+        (dict(layer_pattern=("full", "full_without_positions")), "SmolLM3ForCausalLM"),
+        (dict(norm_placement="output", qk_norm="all"), "Olmo2ForCausalLM"),
+        (gemma, "GemmaForCausalLM"),
+        (gemma | dict(norm_placement="sandwich", sliding_window=8, attention_softcap=5.0), "Gemma2ForCausalLM"),
+        (gemma | dict(norm_placement="sandwich", sliding_window=8, qk_norm="head"), "Gemma3ForCausalLM"),
+        (neox | dict(norm_placement="parallel"), "GPTNeoXForCausalLM"),
         (dict(positions="learned", norm="layernorm", activation="gelu", bias="all"), "GPT2LMHeadModel"),
     ):
         cfg = DecoderConfig(vocab_size=30, **changes)

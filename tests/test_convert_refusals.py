@@ -8,6 +8,7 @@ import pytest
 
 from llm_jax.config import from_dict, to_dict
 from llm_jax.convert import families, hub
+from llm_jax.convert.family import function_of
 from llm_jax.errors import ConfigError, UserError
 from llm_jax.training import convert
 
@@ -22,13 +23,15 @@ def refused(tmp_path, message, source=None, **options):
 
 # ---------------------------------------------------------------------------------------------- config.json
 
-LLAMA, QWEN2, QWEN3, MOE, MIXTRAL, PHI3, GPT2 = (
-    "LLaMA 2", "Qwen 2, tied", "Qwen 3", "Qwen 3 MoE", "Mixtral", "Phi-3", "GPT-2",
+LLAMA, MISTRAL, QWEN2, MOE, MIXTRAL, PHI3, GPT2 = (
+    "LLaMA 2", "Mistral with a window", "Qwen 2, tied", "Qwen 3 MoE", "Mixtral", "Phi-3", "GPT-2",
 )  # fmt: skip
+SMOLLM3, OLMO2, GEMMA, GEMMA2, GEMMA3, PYTHIA = "SmolLM3", "OLMo 2", "Gemma", "Gemma 2", "Gemma 3", "Pythia"
 VALUES = [
     (LLAMA, {"rope_scale_factor": 2}, "rope_scale_factor = 2: this key is not known"),
     (LLAMA, {"hidden_act": "relu2"}, "hidden_act = 'relu2': our model can say silu"),
-    (LLAMA, {"attention_bias": True}, "attention_bias = True: mlp_bias is False"),
+    (LLAMA, {"mlp_bias": True}, "mlp_bias = True: attention_bias is False, and our model has no biases of MLPs alone"),
+    (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: whole heads rotate"),
     (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = .* only None can be converted"),
     (LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder = True: only False"),
     (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*dynamic"),
@@ -36,22 +39,45 @@ VALUES = [
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the same rotary positions in every"),
     (
         LLAMA,
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}},
-        "attention_factor = 3.0: our YaRN scales by",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.0}},
+        "attention_factor = 0.0: it scales sine and cosine, and is above 0",
     ),
     (LLAMA, {"num_attention_heads": 5}, "describes a model that cannot be built: model.num_kv_heads = 4"),
     (LLAMA, {"hidden_size": "wide"}, "describes a model that cannot be built: model.embed_dim = 'wide'"),
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*can be converted"),
     (LLAMA, {"architectures": ["A", "B"]}, "does not name one architecture"),
-    (QWEN2, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": None}, "window"),
-    (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*the same window in every layer"),
-    (QWEN3, {"attention_bias": True}, "attention_bias = True: model.bias can be none"),
+    (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*MinistralForCausalLM reads it"),
+    (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "some layers have a window, and no other key"),
+    (QWEN2, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = 'chunked_attention': our layers"),
+    (QWEN2, {"layer_types": ["full_attention"]}, "layer_types = .*it names the kind of each of the 2 layers"),
+    (MOE, {"layer_types": ["full_attention", "sliding_attention"]}, "has full_attention in every layer"),
+    (MOE, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "max_window_layers = 1: the window is that of every"),
     (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: our model has experts in every layer"),
     (MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: our model has experts"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
     (PHI3, {"rope_parameters": None, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
     (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     (GPT2, {"activation_function": "silu"}, "activation_function = 'silu': our model can say gelu_new"),
+    (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers = .*it has a number for each of the 3 layers"),
+    (
+        SMOLLM3,
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": None},
+        "no_rope_layers = .*layer 1 has a window, and ours with one have positions",
+    ),
+    (OLMO2, {"clip_qkv": 8.0}, "clip_qkv = 8.0: this key is not known"),
+    (GEMMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: our decoder is causal"),
+    (GEMMA, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu': only some readers follow it"),
+    (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu': our model can say"),
+    (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: transformers' own Gemma 3 does not cap"),
+    (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, "rope_parameters = .*it holds a group for full_attention"),
+    (
+        GEMMA3,
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters = .*layers with a window rotate unscaled",
+    ),
+    (PYTHIA, {"attention_bias": False}, "attention_bias = False: our model has no biases of MLPs and norms alone"),
+    (PYTHIA, {"hidden_act": "gelu_fast"}, "hidden_act = 'gelu_fast': our model can say"),
+    (PYTHIA, {"architectures": ["GPTNeoXForTokenClassification"]}, "GPTNeoXForTokenClassification.*can be converted"),
 ]
 
 
@@ -88,6 +114,7 @@ def test_every_family_reads_back_what_it_writes():
         cfg = family.config(config, "here")
         assert from_dict({"model": to_dict(from_dict({}))["model"]})  # the schema itself round-trips
         again = family.config(family.hf_config(cfg), "here")
+        assert function_of(again) == function_of(cfg)
         assert again.rope == cfg.rope and again.moe == cfg.moe and again.sliding_window == cfg.sliding_window
         assert again.dropout == cfg.dropout or name.startswith("Phi")
 

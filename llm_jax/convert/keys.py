@@ -1,9 +1,9 @@
 """A config.json, read so that nothing in it is passed over: every key is used, known to say nothing, or refused."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from llm_jax.config import RopeConfig
 from llm_jax.config.values import refuse
 from llm_jax.errors import ConfigError
 
@@ -85,18 +85,29 @@ class Keys:
 # ----------------------------------------------------------------------------------------------- positions
 
 
-def read_rope(keys: Keys, *, base: float = 10_000.0) -> dict[str, Any]:
-    """`model.rope`, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def read_rope(keys: Keys, *, base: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
+    """`model.rope`, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+    `partial`: heads may rotate in part; where transformers' own model has no such form, it would be passed over.
+    """
     older, newer = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     name = "rope_scaling" if newer is None else "rope_parameters"
     given = (older if newer is None else newer) or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise keys.refuse(name, given, "our model has the same rotary positions in every layer")
+    rope = rope_of(keys, name, given, keys.take("rope_theta", base), keys.take("partial_rotary_factor", 1.0))
+    if rope["fraction"] != 1 and not partial:
+        raise keys.refuse("partial_rotary_factor", rope["fraction"], "whole heads rotate in this architecture")
+    return rope
+
+
+def rope_of(keys: Keys, name: str, given: Mapping[str, Any], base: float, fraction: float) -> dict[str, Any]:
+    """`model.rope`, from one group of rotary keys; `base` and `fraction` are taken where it has none of its own."""
     rest = {key: value for key, value in given.items() if value is not None}
     kinds = {rest.pop(key) for key in ("rope_type", "type") if key in rest} or {"default"}
     rope = {
-        "base": rest.pop("rope_theta", keys.take("rope_theta", base)),
-        "fraction": rest.pop("partial_rotary_factor", keys.take("partial_rotary_factor", 1.0)),
+        "base": rest.pop("rope_theta", base),
+        "fraction": rest.pop("partial_rotary_factor", fraction),
     }
     kind = "/".join(sorted(kinds))
     match kind:
@@ -119,24 +130,22 @@ def read_rope(keys: Keys, *, base: float = 10_000.0) -> dict[str, Any]:
 
 
 def _read_yarn(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
-    factor = float(rest.pop("factor"))
-    usual = 0.1 * math.log(factor) + 1.0
-    scale = rest.pop("attention_factor", usual)
-    if not math.isclose(scale, usual, rel_tol=1e-6):
-        raise keys.refuse("attention_factor", scale, f"our YaRN scales by 0.1 ln(factor) + 1 = {usual:g} alone")
-    if not rest.pop("truncate", True):
-        raise keys.refuse("truncate", False, "our YaRN rounds the ends of its ramp")
+    scale = rest.pop("attention_factor", None)
+    if scale is not None and not scale > 0:
+        raise keys.refuse("attention_factor", scale, "it scales sine and cosine, and is above 0")
     original = rest.pop("original_max_position_embeddings", None) or keys.take("max_position_embeddings")
     return {
         "scaling": "yarn",
-        "factor": factor,
+        "factor": float(rest.pop("factor")),
         "original_length": original,
+        "attention_factor": scale or 0.0,
+        "truncate": rest.pop("truncate", True),
         "beta_fast": float(rest.pop("beta_fast", 32.0)),
         "beta_slow": float(rest.pop("beta_slow", 1.0)),
     }
 
 
-def write_rope(rope: Any) -> dict[str, Any]:
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which old and new readers know."""
     scaling = None
     if rope.scaling != "none":
@@ -146,7 +155,8 @@ def write_rope(rope: Any) -> dict[str, Any]:
     if rope.scaling == "llama3":
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":
-        betas = {"beta_fast": (rope.beta_fast, 32.0), "beta_slow": (rope.beta_slow, 1.0)}
-        scaling |= {name: value for name, (value, usual) in betas.items() if value != usual}
+        usual = RopeConfig()
+        options = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+        scaling |= {name: getattr(rope, name) for name in options if getattr(rope, name) != getattr(usual, name)}
     partial = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
     return {"rope_theta": rope.base, "rope_scaling": scaling} | partial

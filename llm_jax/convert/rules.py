@@ -82,6 +82,35 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """One of theirs holds the `parts` of ours by turns along `axis` (negative): a group of each, `groups` times.
+
+    GPT-NeoX deals query, key and value out so, head by head.
+    """
+
+    axis: int
+    groups: int
+    parts: int
+
+    def to_ours(self, theirs: Arrays) -> Arrays:
+        before, after = self._around(theirs[0].shape)
+        dealt = theirs[0].reshape(*before, self.groups, self.parts, -1, *after)
+        return [np.take(dealt, part, axis=len(before) + 1).reshape(*before, -1, *after) for part in range(self.parts)]
+
+    def to_theirs(self, ours: Arrays) -> Arrays:
+        before, after = self._around(ours[0].shape)
+        grouped = [array.reshape(*before, self.groups, -1, *after) for array in ours]
+        return [np.stack(grouped, axis=len(before) + 1).reshape(*before, -1, *after)]
+
+    def their_shapes(self, ours: Sequence[Shape]) -> Sequence[Shape]:
+        return Cut(self.axis, ()).their_shapes(ours)
+
+    def _around(self, shape: Shape) -> tuple[Shape, Shape]:
+        axis = len(shape) + self.axis
+        return shape[:axis], shape[axis + 1 :]
+
+
+@dataclasses.dataclass(frozen=True)
 class Chain:
     """From theirs to ours, one transform after another."""
 

@@ -1,16 +1,19 @@
 """Writes convert_models.json and convert_logits.npz: what transformers makes of the tiny models of tests/hub_models.py.
 
-    PYTHONPATH=.:tests python tests/golden/make_convert_references.py
+    PYTHONPATH=.:tests python tests/golden/make_convert_references.py [NAME...]
+
+With names, those alone are made anew.
 """
 
 import json
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
 import torch
 import transformers
-from hub_models import CASES, LOGITS, MODELS, tokens, weights, write
+from hub_models import CASES, LOGITS, MODELS, model_class, tokens, weights, write
 
 from llm_jax.convert import safetensors
 
@@ -21,7 +24,7 @@ def described(name: str) -> dict:
     """config.json and the shapes of the tensors that transformers saves."""
     kind, values = CASES[name]
     config = getattr(transformers, f"{kind}Config")(**values)
-    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, model_class(kind))(config)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         saved = json.loads((pathlib.Path(folder) / "config.json").read_text())
@@ -44,8 +47,13 @@ def logits(entry: dict) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    models = {name: described(name) for name in CASES}
+    names = sys.argv[1:] or list(CASES)
+    made = {name: described(name) for name in names}
+    kept = {name: entry for name, entry in json.loads(MODELS.read_text()).items() if name in CASES}
+    found = {name: array for name, array in np.load(LOGITS).items() if name in CASES}
+    models = {name: (kept | made)[name] for name in CASES if name in kept | made}
+    found |= {name: logits(entry) for name, entry in made.items()}
     text = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in models.items())
     MODELS.write_text("{\n" + text + "\n}\n")
-    np.savez_compressed(LOGITS, **{name: logits(entry) for name, entry in models.items()})
+    np.savez_compressed(LOGITS, **{name: found[name] for name in models})
     print(f"wrote {MODELS} and {LOGITS}")

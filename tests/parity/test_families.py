@@ -136,7 +136,7 @@ def test_what_we_write_is_what_transformers_wrote(name, scan, tmp_path):
     kind, values = hub_models.CASES[name]
     torch.manual_seed(1)
     config = getattr(transformers, f"{kind}Config")(**values)
-    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, hub_models.model_class(kind))(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size="20KB")
     imported(tmp_path / "source", tmp_path / "run", "model.vocab_multiple=16", f"model.scan_layers={scan}")
     with pytest.raises(Unproven):

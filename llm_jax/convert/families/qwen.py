@@ -4,52 +4,55 @@ from typing import Any
 
 from llm_jax.config import DecoderConfig
 from llm_jax.convert.family import Family
-from llm_jax.convert.families.llama import llama_rules, read_common, write_common
+from llm_jax.convert.families.llama import (
+    llama_rules,
+    read_attention_bias,
+    read_common,
+    write_attention_bias,
+    write_common,
+)
 from llm_jax.convert.keys import Keys
+from llm_jax.convert.windows import read_words, window_keys, write_windows
+from llm_jax.models.kinds import layer_words
 
 
-def read_window(keys: Keys, layers: int, default: int) -> int:
-    """Our window is that of all layers; theirs may begin at a layer, so it is all, none, or refused."""
-    window, begins = keys.take("sliding_window", None), keys.take("max_window_layers", default)
-    kinds = keys.take("layer_types", None)
-    if not keys.take("use_sliding_window", False) or window is None:
-        kinds_allowed, found = {"full_attention"}, 0
-    else:
-        if kinds is None and 0 < begins < layers:
-            raise keys.refuse("max_window_layers", begins, "our model has the same window in every layer")
-        kinds = kinds or ["sliding_attention" if begins == 0 else "full_attention"] * layers
-        kinds_allowed, found = set(kinds[:1]), window if kinds[0] == "sliding_attention" else 0
-    if kinds is not None and set(kinds) - kinds_allowed:
-        raise keys.refuse("layer_types", kinds, "our model has the same window in every layer")
-    return found
+def read_qwen_windows(keys: Keys, layers: int) -> dict[str, Any]:
+    """Layers have a window from `max_window_layers` on, where `layer_types` does not say which."""
+    window, begins = keys.take("sliding_window", 4096), keys.take("max_window_layers", 28)
+    window = window if keys.take("use_sliding_window", False) else None
+    default = ["sliding_attention" if window and layer >= begins else "full_attention" for layer in range(layers)]
+    return window_keys(read_words(keys, layers, window, default), window)
 
 
-def write_window(cfg: DecoderConfig) -> dict[str, Any]:
-    if not cfg.sliding_window:
-        return {"use_sliding_window": False, "sliding_window": None}
-    return {"use_sliding_window": True, "sliding_window": cfg.sliding_window, "max_window_layers": 0}
+def write_qwen_windows(cfg: DecoderConfig) -> dict[str, Any]:
+    """In both ways where the layers with a window are the last ones, as older readers have it."""
+    written = write_windows(cfg) | {"use_sliding_window": bool(cfg.sliding_window)}
+    words = layer_words(cfg)
+    begins = words.index("window") if "window" in words else len(words)
+    if set(words[begins:]) <= {"window"}:
+        written["max_window_layers"] = begins
+    return written
 
 
 def read_qwen2(keys: Keys) -> dict[str, Any]:
     found = read_common(keys, kv_heads=32, max_length=32_768)
-    return found | {"bias": "qkv", "sliding_window": read_window(keys, found["num_layers"], 28)}
+    return found | {"bias": "qkv"} | read_qwen_windows(keys, found["num_layers"])
 
 
 def write_qwen2(cfg: DecoderConfig) -> dict[str, Any]:
-    written = write_common(cfg) | write_window(cfg)
+    written = write_common(cfg) | write_qwen_windows(cfg)
     del written["head_dim"]  # hidden_size / num_attention_heads there
     return written
 
 
 def read_qwen3(keys: Keys) -> dict[str, Any]:
-    reason = "model.bias can be none, qkv or all, and this asks for biases of query, key, value and output alone"
-    keys.only("attention_bias", False, default=False, reason=reason)
     found = read_common(keys, kv_heads=32, head_dim=128, max_length=32_768)
-    return found | {"qk_norm": "head", "sliding_window": read_window(keys, found["num_layers"], 28)}
+    windows = read_qwen_windows(keys, found["num_layers"])
+    return found | {"qk_norm": "head", "bias": read_attention_bias(keys)} | windows
 
 
 def write_qwen3(cfg: DecoderConfig) -> dict[str, Any]:
-    return write_common(cfg) | write_window(cfg) | {"attention_bias": False}
+    return write_common(cfg) | write_qwen_windows(cfg) | write_attention_bias(cfg)
 
 
 QWEN2 = Family("Qwen 2, 2.5", "Qwen2ForCausalLM", "qwen2", read_qwen2, write_qwen2, llama_rules)
