@@ -108,7 +108,7 @@ case ${1:-} in
   test)
     shift
     cd "$root"
-    exec "$venv/bin/python" -m pytest "$@"
+    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile "$@" # a file at a time on each core
     ;;
   python)
     shift
