@@ -76,9 +76,10 @@ def library_flops(one: Instruction, computation: Computation) -> float:
 # ------------------------------------------------------------------------------------------------------ kernels
 
 ATTENTION = (  # (a word in the kernel's name, matrix products over all pairs of tokens)
-    ("dkv_fused", 5), ("splash_mha_dkv", 4), ("splash_mha_dq", 3), ("splash_mha_fwd", 2), ("splash_mqa_dkv", 4),
-    ("splash_mqa_dq", 3), ("splash_mqa_fwd", 2), ("fmhaSoftmaxBackward", 5), ("fmhaSoftmax", 2),
+    ("splash_mha_dkv", 4), ("splash_mha_dq", 3), ("splash_mha_fwd", 2), ("splash_mqa_dkv", 4), ("splash_mqa_dq", 3),
+    ("splash_mqa_fwd", 2),
 )  # fmt: skip
+CUDNN = "__cudnn$fmha"  # then what is done to the scores, and "Backward"
 
 
 def kernel_flops(one: Instruction, computation: Computation) -> tuple[str, float]:
@@ -88,9 +89,14 @@ def kernel_flops(one: Instruction, computation: Computation) -> tuple[str, float
     """
     name = one.target + " " + one.name + " " + one.op_name.rsplit("/", 2)[-1]
     shapes = [computation[o].shapes[0] for o in one.operands if o in computation and computation[o].shapes]
+    if one.target.startswith(CUDNN):
+        backward = one.target.endswith("Backward")
+        return ("attention backward" if backward else "attention"), cudnn_flops(5 if backward else 2, one, shapes)
     for word, products in ATTENTION:
         if word in name:
-            return ("attention backward" if products > 2 else "attention"), attention_flops(word, products, one, shapes)
+            fused = products == 4 and re.search(r'use_fused_bwd_kernel\W+true', one.rest)  # with the gradient of queries
+            kind = "attention backward" if products > 2 else "attention"
+            return kind, splash_flops(5 if fused else products, shapes)
     matrices = [s for s in shapes if s.dtype in ("bf16", "f32", "f8e4m3fn", "f8e5m2", "s8") and len(s.dims) >= 2]
     if ("ragged-dot" in name or "gmm" in name) and len(matrices) >= 2:
         rows, other = matrices[-2:]
@@ -100,17 +106,18 @@ def kernel_flops(one: Instruction, computation: Computation) -> tuple[str, float
     return "other", 0.0
 
 
-def attention_flops(word: str, products: int, one: Instruction, shapes: list[Shape]) -> float:
-    wide = [s for s in shapes if s.dtype in ("bf16", "f32", "f16") and len(s.dims) >= 3]
-    if not wide:
+def cudnn_flops(products: int, one: Instruction, shapes: list[Shape]) -> float:
+    """Of queries (B, T, N, H)."""
+    batch, length, heads, size = shapes[0].dims
+    seen = 0.5 if "CAUSAL" in one.rest else 1.0
+    return products * 2.0 * batch * heads * length**2 * size * seen
+
+
+def splash_flops(products: int, shapes: list[Shape]) -> float:
+    """Of queries (N, T, H) or (B, N, T, H), in blocks; those beyond the diagonal are skipped."""
+    query = next((s for s in shapes if s.dtype in ("bf16", "f32") and len(s.dims) >= 3), None)
+    if query is None:
         return 0.0
-    query = wide[0]
-    if word.startswith("fmha"):  # (B, T, N, H)
-        batch, length, heads, size = query.dims
-        causal = 0.5 * (1 + 1 / max(length // 128, 1)) if "CAUSAL" in one.rest else 1.0
-    else:  # (B, N, T, H), or without rows
-        batch = query.dims[0] if len(query.dims) == 4 else 1
-        heads, length, size = query.dims[-3:]
-        blocks = next((s.dims[-1] for s in shapes if s.dtype in ("s8", "s32") and len(s.dims) == 3), length // 512)
-        causal = 0.5 * (1 + 1 / max(blocks, 1))
-    return products * 2.0 * batch * heads * length**2 * size * causal
+    heads, length, size = query.dims[-3:]
+    blocks = next((s.dims[-1] for s in shapes if s.dtype in ("s8", "s32") and len(s.dims) == 3), length // 512)
+    return products * query.size // size * 2.0 * length * size * 0.5 * (1 + 1 / max(blocks, 1))

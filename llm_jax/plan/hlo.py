@@ -83,6 +83,12 @@ class Instruction:
         return found[1] if found else None
 
     @property
+    def index(self) -> int:
+        """Of a get-tuple-element."""
+        found = re.search(r"\bindex=(\d+)", self.rest)
+        return int(found[1]) if found else 0
+
+    @property
     def branches(self) -> list[str]:
         """The computations of a conditional."""
         if found := re.search(r"branch_computations=\{([^}]*)\}", self.rest):
@@ -109,12 +115,25 @@ class Program:
         if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(found[1])
         condition = self.computations.get(loop.called("condition") or "", {})
-        constants = {one.name: int(one.rest) for one in condition.values() if one.opcode == "constant"
-                     and one.shapes[0].dtype in ("s32", "u32", "s64") and one.rest.lstrip("-").isdigit()}  # fmt: skip
+        limits = constants(condition)
         for one in condition.values():
-            if one.opcode == "compare" and (limits := [constants[name] for name in one.operands if name in constants]):
-                return max(limits[0] + ("direction=LE" in one.rest), 1)
-        return max(constants.values(), default=1)
+            if one.opcode == "compare" and (given := [limits[name] for name in one.operands if name in limits]):
+                counters = [condition[name].index for name in one.operands if name in condition and name not in limits]
+                step = self.step(loop, counters[0]) if counters else 1
+                return max(-(-(given[0] + ("direction=LE" in one.rest)) // step), 1)
+        return max(limits.values(), default=1)
+
+    def step(self, loop: Instruction, counter: int) -> int:
+        """By how much a loop's counter grows: more than one where the compiler has unrolled the body."""
+        body = self.computations.get(loop.called("body") or "", {})
+        root = next((one for one in body.values() if one.root), None)
+        if root is None or counter >= len(root.operands):
+            return 1
+        grown, known = body.get(root.operands[counter]), constants(body)
+        while grown is not None and grown.opcode in ("copy", "bitcast") and grown.operands:
+            grown = body.get(grown.operands[0])
+        added = [known[name] for name in grown.operands if name in known] if grown and grown.opcode == "add" else []
+        return max(added[0], 1) if added else 1
 
     def every(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, str, int]]:
         """(instruction, its computation, how often it runs a step), loops and branches entered, fusions not."""
@@ -132,6 +151,12 @@ class Program:
     def fused(self, one: Instruction) -> Computation:
         """What a fusion (or an asynchronous wrapper) computes; empty for other instructions."""
         return self.computations.get(one.called("calls") or "", {})
+
+
+def constants(computation: Computation) -> dict[str, int]:
+    """Whole numbers that a computation names."""
+    return {one.name: int(one.rest) for one in computation.values() if one.opcode == "constant"
+            and one.shapes[0].dtype in ("s32", "u32", "s64") and one.rest.lstrip("-").isdigit()}  # fmt: skip
 
 
 def parse(text: str) -> Program:
