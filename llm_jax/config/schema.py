@@ -193,7 +193,7 @@ class EncoderConfig(TransformerConfig):
     token_types: int = at_least(0, 2)  # learned vectors that tell the texts of a pair apart; 0: none
     embedding_dim: int = at_least(0, 0)  # of tokens, positions and types, which are projected (ELECTRA); 0: embed_dim
     embedding_norm: bool = True  # of their sum; with norm_placement=pre it is the first attention's (ModernBERT)
-    head: str = one_of("masked", "masked_pairs", "text", "token", "embedding", "replaced")  # models/heads.py
+    head: str = one_of("masked", "masked_pairs", "text", "token", "embedding", "pooled", "replaced")
     head_form: str = one_of("bert", "roberta", "distilbert", "electra", "deberta", "modernbert")  # of text and token
     head_pooling: str = one_of("first", "mean")  # what text reads: a text's first token, or the mean of all
     head_dropout: float = bounded(0.1, 0.0, 0.999)  # before the classifier of text and token
@@ -262,7 +262,6 @@ class ColumnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    task: str = one_of(*TASKS)  # what the model learns from the records
     path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or the built-in "stdlib" and "synthetic"
     format: str = one_of(*DATA_FORMATS)
     validation_path: str = ""
@@ -277,6 +276,7 @@ class DataConfig:
     packing: str = one_of("concat", "first_fit", "best_fit", "crops")
     long_documents: str = one_of("split", "drop", "error")  # longer than sequence_length under first_fit, best_fit
     mask_documents: bool = True  # no attention or loss across document borders; positions restart
+    task: str = one_of(*TASKS)  # what the model learns from the records
     masking: MaskingConfig = nested(MaskingConfig)
     columns: ColumnsConfig = nested(ColumnsConfig)
     buckets: tuple[str, ...] = ()  # lengths that batches of labelled texts are padded to; none: sequence_length alone
