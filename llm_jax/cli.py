@@ -199,6 +199,11 @@ def add_convert(commands: "Commands") -> None:
     convert.add_argument("--architecture", metavar="NAME", help="to hf: of --list (default: the source's, or the first "
                          "that can say the model)")  # fmt: skip
     convert.add_argument("--shard_gb", type=float, default=5.0, metavar="N", help="to hf: largest file (default: 5 GB)")
+    convert.add_argument("--adapter", nargs="?", const=True, metavar="PATH_OR_NAME",
+                         help="from hf: an adapter (peft) taken along; to hf: the run's adapters alone")  # fmt: skip
+    convert.add_argument("--merge", action="store_true", help="from hf: add the adapter to the weights that it changes")
+    convert.add_argument("--check", choices=("auto", "whole", "streamed"), default="auto", help="how logits are "
+                         "compared; streamed: one layer at a time (default: where memory is short)")  # fmt: skip
     convert.add_argument("--no_check", action="store_true", help="do not compare logits; ends with exit code 6")
     convert.add_argument("--dry_run", action="store_true", help="from hf: list what becomes what, and stop")
     convert.add_argument("--list", action="store_true", help="list the architectures that can be converted, and stop")
@@ -321,24 +326,26 @@ def export_command(args: argparse.Namespace) -> int:
 def convert_command(args: argparse.Namespace) -> int:
     if not args.list:
         check_sides(args)
-    from llm_jax.training import convert
+    from llm_jax.training import convert, mapping
 
     if args.list:
-        print(convert.support_table())
+        print(mapping.support_table())
         return 0
     source, to = args.source.removeprefix("hf:"), args.to and absolute_folder(args.to.removeprefix("hf:"))
     options: dict[str, Any] = dict(dtype=args.dtype)
+    check = dict(check=not args.no_check, streamed={"auto": None, "whole": False, "streamed": True}[args.check])
     if args.source.startswith("hf:"):
         options |= dict(overrides=args.overrides, revision=args.revision)
         if args.dry_run:
-            print(convert.mapping(source, **options))
+            print(mapping.mapping(source, **options))
         else:
-            convert.from_hub(source, to, check=not args.no_check, **options)
+            adapter = args.adapter and args.adapter.removeprefix("hf:")
+            convert.from_hub(source, to, adapter=adapter, merge=args.merge, **check, **options)
         return 0
     workdir = existing_run(source, "--from")
     start()
     options |= dict(step=args.step, architecture=args.architecture, shard_bytes=int(args.shard_gb * 1e9))
-    convert.to_hub(workdir, to, check=not args.no_check, **options)
+    convert.to_hub(workdir, to, adapter=bool(args.adapter), **check, **options)
     return 0
 
 
@@ -355,12 +362,16 @@ def check_sides(args: argparse.Namespace) -> None:
         raise UserError(f"--to={args.to}: give a path; mount remote storage first")
     one_way = {
         True: dict(step=args.step, architecture=args.architecture),
-        False: dict(revision=args.revision, dry_run=args.dry_run, config=args.overrides),
+        False: dict(revision=args.revision, dry_run=args.dry_run, config=args.overrides, merge=args.merge),
     }
     for name, value in one_way[into_run].items():
         if value:
             way = "from a run to hf:" if into_run else "from hf: to a run"
             raise UserError(f"--{name} is for converting {way}, and this goes the other way; leave it out")
+    if into_run and (args.adapter is True or args.merge and not args.adapter):
+        raise UserError("--adapter=PATH: say which adapter is to be taken along")
+    if not into_run and isinstance(args.adapter, str):
+        raise UserError(f"--adapter={args.adapter}: on the way to hf: it is the run's own; give --adapter alone")
     if args.shard_gb <= 0:
         raise UserError(f"--shard_gb={args.shard_gb:g}: give a size above 0")
 

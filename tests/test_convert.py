@@ -14,7 +14,7 @@ from tiny import quick_compiler
 from llm_jax.config import DecoderConfig, MoEConfig
 from llm_jax.convert import families, reference, torch_reference
 from llm_jax.errors import ConversionMismatch, Unproven, UserError
-from llm_jax.training import checkpoint, convert, restore, run_folder
+from llm_jax.training import checkpoint, convert, mapping, restore, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +263,7 @@ def test_the_mapping_names_every_tensor_and_parameter_without_reading_weights(tm
     source = hub_models.checkpoint(tmp_path / "source", "Phi-3")
     monkeypatch.setattr(hub_models.safetensors.Tensor, "read", None)
     mesh = ["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "mesh.stage=2", "model.vocab_multiple=4"]
-    text = convert.mapping(str(source), overrides=mesh)
+    text = mapping.mapping(str(source), overrides=mesh)
     lines = text.splitlines()
     assert lines[0].split() == ["theirs", "ours", "shape", "dtype", "split", "over"]
     row = next(line for line in lines if "layers.1.self_attn.qkv_proj" in line).split()

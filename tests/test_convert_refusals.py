@@ -198,7 +198,7 @@ def test_an_override_that_would_make_it_another_model(tmp_path):
 
 def test_a_crash_leaves_no_half_run(tmp_path, monkeypatch):
     hub_models.checkpoint(tmp_path / "source", LLAMA)
-    monkeypatch.setattr(convert, "describe", lambda *_: 1 / 0)
+    monkeypatch.setattr(convert.hub_files, "describe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.from_hub(str(tmp_path / "source"), str(tmp_path / "run"))
     assert os.listdir(tmp_path) == ["source"]

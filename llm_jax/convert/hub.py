@@ -1,6 +1,7 @@
 """From a name on the hub, or a path, to a folder. `huggingface_hub` fetches, with its own cache and offline mode."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from llm_jax.convert.safetensors import INDEX
@@ -8,13 +9,14 @@ from llm_jax.convert.source import BESIDE
 from llm_jax.errors import UserError
 
 
-def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def folder_of(name: str, revision: str | None, *, weights: bool = True, also: Collection[str] = ()) -> Path:
     """The folder of a checkpoint.
 
     Args:
       name: a path, or "owner/name" on the hub where there is no such path.
       revision: a branch, tag or commit on the hub; None: its main branch.
       weights: False fetches the small files alone.
+      also: names of more small files.
 
     Raises:
       UserError: there is neither, it cannot be reached, or it needs a token.
@@ -28,7 +30,7 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
         import huggingface_hub
     except ImportError:
         raise UserError(f"hf:{name} is no path here, and fetching it needs huggingface_hub: pip install it") from None
-    patterns = [*BESIDE, INDEX, *(["*.safetensors"] if weights else [])]
+    patterns = [*BESIDE, INDEX, *also, *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # its own kinds, and those of the HTTP library under it

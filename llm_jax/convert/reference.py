@@ -51,20 +51,31 @@ def read(path: Path, origin: str) -> Reference:
     return Reference(*(tensors[name].read() for name in expected), origin)
 
 
-def of_checkpoint(folder: Path, parameters: int, rounded: str | None) -> Reference | Missing:
-    """The reference of a checkpoint's folder: what is stored there, else transformers, where it is installed."""
-    stored = folder / STORED
+def of_checkpoint(
+    folder: Path, parameters: int, rounded: str | None, *, adapter: Path | None = None, merge: bool = False
+) -> Reference | Missing:
+    """The reference of a checkpoint's folder: what is stored there, else transformers, where it is installed.
+
+    With an `adapter` what is stored in its folder counts.
+    """
+    stored = (adapter or folder) / STORED
     if stored.is_file() and not rounded:
         return read(stored, str(stored))
-    return from_transformers(folder, parameters, rounded)
+    return from_transformers(folder, parameters, rounded, adapter=adapter, merge=merge)
 
 
-def from_transformers(folder: Path, parameters: int, rounded: str | None = None) -> Reference | Missing:
+def from_transformers(
+    folder: Path, parameters: int, rounded: str | None = None, *, adapter: Path | None = None, merge: bool = False
+) -> Reference | Missing:
     """Logits that transformers computes in float32, in a process of its own: torch never enters this one.
 
-    `rounded`: the parameters are first rounded to this dtype, as the conversion did.
+    Args:
+      rounded: the parameters are first rounded to this dtype, as the conversion did; not those of an adapter.
+      adapter: a folder of the library peft, which is needed then too.
+      merge: the adapter is merged before rounding.
     """
-    lacking = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    needs = ("torch", "transformers", "peft") if adapter else ("torch", "transformers")
+    lacking = [name for name in needs if importlib.util.find_spec(name) is None]
     if lacking:
         return Missing(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed here")
     needed, there = 4 * parameters, available_memory()
@@ -73,12 +84,14 @@ def from_transformers(folder: Path, parameters: int, rounded: str | None = None)
     path = folder.parent / f".{folder.name}.{os.getpid()}.{STORED}"
     command = [sys.executable, "-m", "llm_jax.convert.torch_reference", str(folder), f"--to={path}"]
     command += [f"--rounded={rounded}"] if rounded else []
+    command += [f"--adapter={adapter}"] if adapter else []
+    command += ["--merge"] if merge else []
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
             return Missing(f"transformers could not run the model ({lines[-1] if lines else 'no reason given'})")
-        return read(path, "transformers")
+        return read(path, "transformers and peft" if adapter else "transformers")
     finally:
         path.unlink(missing_ok=True)
 

@@ -32,6 +32,7 @@ class Source:
     values: dict[str, Any]  # config.json
     family: Family
     cfg: DecoderConfig
+    untied: bool = False  # the head is the embedding there, and gets a copy of its own here
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors under the names that the family's table uses.
@@ -42,6 +43,8 @@ class Source:
         prefix = self.family.prefix
         if not any(name.startswith(prefix) for name in found):  # saved without the head's class
             found = {name if name == self.family.head else prefix + name: tensor for name, tensor in found.items()}
+        if self.untied:
+            found.setdefault(self.family.head, found[self.family.embedding])
         return {name: tensor for name, tensor in found.items() if not self.family.is_no_parameter(name)}
 
 

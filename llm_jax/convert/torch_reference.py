@@ -1,8 +1,9 @@
 """Writes the logits that transformers computes for a checkpoint: what its conversion is compared with.
 
-    python -m llm_jax.convert.torch_reference FOLDER [--to=FILE] [--rounded=DTYPE]
+    python -m llm_jax.convert.torch_reference FOLDER [--to=FILE] [--rounded=DTYPE] [--adapter=FOLDER [--merge]]
 
-Needs torch and transformers (the extra `parity`). A process of its own: nothing else of the package imports torch.
+Needs torch and transformers, for an adapter peft too (the extra `parity`). A process of its own: nothing else of the
+package imports torch.
 """
 
 import argparse
@@ -20,15 +21,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help=f"default: FOLDER/{STORED}")
     parser.add_argument("--rounded", help="round the parameters to this dtype first")
+    parser.add_argument("--adapter", type=Path, help="an adapter of the library peft, with which logits are computed")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter before rounding")
     args = parser.parse_args()
     cfg = open_folder(args.folder).cfg
     tokens = prompts(cfg.vocab_size, cfg.max_length)
     positions = kept_positions(tokens.shape[1], cfg.vocab_size)
-    logits = logits_of(args.folder, tokens, positions, args.rounded)
-    write(args.to or args.folder / STORED, tokens, positions, logits)
+    logits = logits_of(args.folder, tokens, positions, args.rounded, args.adapter, merge=args.merge)
+    write(args.to or (args.adapter or args.folder) / STORED, tokens, positions, logits)
 
 
-def logits_of(folder: Path, tokens: np.ndarray, positions: np.ndarray, rounded: str | None) -> np.ndarray:
+def logits_of(
+    folder: Path,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    rounded: str | None,
+    adapter: Path | None = None,
+    *,
+    merge: bool = False,
+) -> np.ndarray:
     """(B, P, V) float32, one row at a time."""
     import torch
     import transformers
@@ -36,9 +47,17 @@ def logits_of(folder: Path, tokens: np.ndarray, positions: np.ndarray, rounded: 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
     ).eval()
+    base = list(model.parameters())
+    if adapter:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        if merge:
+            model = model.merge_and_unload()
+            base = list(model.parameters())
     keep = torch.from_numpy(positions).long()
     with torch.no_grad():
-        for parameter in model.parameters() if rounded else ():
+        for parameter in base if rounded else ():
             parameter.copy_(parameter.to(getattr(torch, rounded)))
         rows = [model(torch.from_numpy(row[None]).long()).logits[0, keep].numpy() for row in tokens]
     return np.stack(rows).astype(np.float32)

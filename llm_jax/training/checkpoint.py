@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from llm_jax.training.heads import is_head, origins
 from llm_jax.training.record import RANK, DamagedCheckpoint, make_record, read_record, root_cause, some
 
 Tree = Any
+Found = TypeVar("Found")
 
 # -------------------------------------------------------------------------------------------- what is there
 
@@ -111,12 +112,39 @@ def _load_newest(
     on_damage: Callable[[int, str], None] | None = None,
 ) -> tuple[Arrays, dict[str, Any], int]:
     """Arrays, record and step of the first step of `tried` that is intact on every process."""
+    read = lambda path, step: (*load(path, abstract, partial=partial), step)  # noqa: E731
+    return _first_intact(workdir, tried, read, on_damage or _warn_of_damage(workdir))
+
+
+def first_intact(workdir: str | os.PathLike[str], step: int | None, read: Callable[[Path, int], Found]) -> Found:
+    """What `read(folder, step)` gives of a run's checkpoint, or of the one before where that is damaged: it is told.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None: the newest that is intact.
+      read: raises DamagedCheckpoint.
+
+    Raises:
+      UserError: there is no such checkpoint.
+      CorruptCheckpointError: it is damaged (of several: all are).
+    """
+    _check_there(workdir, step)
+    tried = [step] if step is not None else steps(workdir)[::-1]
+    return _first_intact(workdir, tried, read, _warn_of_damage(workdir))
+
+
+def _first_intact(
+    workdir: str | os.PathLike[str],
+    tried: Sequence[int],
+    read: Callable[[Path, int], Found],
+    on_damage: Callable[[int, str], None],
+) -> Found:
     for step in tried:
         try:
-            return *load(_folder(workdir) / str(step), abstract, partial=partial), step
+            return read(_folder(workdir) / str(step), step)
         except DamagedCheckpoint as error:
             reason = str(error)
-        (on_damage or _warn_of_damage(workdir))(step, reason)  # here, where the arrays of the failed load are free
+        on_damage(step, reason)  # here, where the arrays of the failed load are free
     raise CorruptCheckpointError(
         f"no checkpoint in {_folder(workdir)} can be restored (tried {', '.join(map(str, tried))}). Restore the folder "
         "from a copy, or remove it to start over"

@@ -6,37 +6,36 @@ of another name, is compared with its source, and only then gets the name that w
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax import config, sharding
-from llm_jax.config import Config, DataConfig, DecoderConfig, PrecisionConfig, TrainConfig
-from llm_jax.config.checks import MESH_AXES
-from llm_jax.convert import families, hub, reference, rules, safetensors, source
+from llm_jax import config
+from llm_jax.backend import start_backend
+from llm_jax.config import Config, DataConfig, DecoderConfig, LoraConfig, PrecisionConfig, TrainConfig
+from llm_jax.convert import families, hub, peft, reference, rules, safetensors, source
 from llm_jax.convert.family import Family, function_of
+from llm_jax.convert.peft import Adapter
 from llm_jax.convert.progress import told
 from llm_jax.convert.rules import Move
 from llm_jax.convert.safetensors import Planned, Tensor
 from llm_jax.convert.source import Source
 from llm_jax.data import tokenizers
 from llm_jax.errors import ConfigError, DataError, UserError
-from llm_jax.models import registry
+from llm_jax.models import lora, registry
 from llm_jax.precision import Precision
-from llm_jax.sharding import Layout, path_name
-from llm_jax.training import convert_check, restore, run_folder
+from llm_jax.sharding import Layout
+from llm_jax.training import adapters, checkpoint, convert_check, hub_files, restore
+from llm_jax.training.arrays import by_path
+from llm_jax.training.slices import SavedArrays
 from llm_jax.training.streamed import StreamedCheckpoint, flush
 
-BESIDE = "hf"  # folder of a run: the files that lay beside the weights it was converted from
-NOTES = "llm_jax.json"  # there: architecture and dtypes of the source
 SHARD_BYTES = 5 * 10**9
-NOT_ASKED = reference.Missing("--no_check was given")
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 # ------------------------------------------------------------------------------------------- from the hub
@@ -49,7 +48,10 @@ def from_hub(
     overrides: Sequence[str] = (),
     dtype: str | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
+    merge: bool = False,
     check: bool = True,
+    streamed: bool | None = None,
 ) -> None:
     """Write the run folder `to` from a checkpoint of the hub.
 
@@ -59,7 +61,10 @@ def from_hub(
       overrides: "key=value" changes to the run's config, such as a mesh or `model.scan_layers`.
       dtype: of the parameters; None: the one that holds all of the source's tensors exactly.
       revision: on the hub.
+      adapter: path or name of an adapter as `peft` saves it, which the run has then too (`model.lora`).
+      merge: add the adapter to the weights it changes instead; a tied head that it changes is untied.
       check: compare the logits in the end.
+      streamed: with one layer's parameters in memory at a time; None: where all would take too much.
 
     Raises:
       UserError: the source is damaged, incomplete or cannot be said here.
@@ -67,16 +72,25 @@ def from_hub(
       Unproven: it was written, and nothing was there to compare it with.
     """
     refuse_existing(to)
+    refuse_several("convert")
     found = source.open_folder(hub.folder_of(name, revision))
+    given = None if adapter is None else peft.read(hub.folder_of(adapter, None, also=peft.FILES))
+    if given is not None:
+        found = adapters.fitted(found, given, merge=merge)
     tensors = found.tensors()
     cfg = run_config(found, to, overrides, dtype or source.widest(tensors).name)
-    model = built(cfg, Layout())
-    moves = moves_of(found.family, found.cfg.vocab_size, model, tensors)
+    start_backend(cfg)  # 64 bits, where asked for
+    moves = moves_of(found.family, found.cfg.vocab_size, built(cfg, Layout()), tensors)
     source.check_names(found, tensors, moves)
+    if given is not None:
+        cfg = adapters.joined(cfg, found, given, moves, merge=merge)
+    model = built(cfg, Layout())
     with new_folder(to) as folder:
-        write_parameters(folder, model, tensors, moves)
-        describe(folder, cfg, model, found, tensors)
-        unproven = convert_check.of_import(folder, found, model, tensors) if check else NOT_ASKED
+        write_parameters(folder, model, tensors, moves, given)
+        hub_files.describe(folder, cfg, model, found, tensors, name)
+        unproven = convert_check.NOT_ASKED
+        if check:
+            unproven = convert_check.of_import(folder, found, model, tensors, given, merge=merge, streamed=streamed)
     print(f"{to}: {found.family.title}, {registry.count_parameters(model.shapes()):,} parameters "
           f"({cfg.precision.params})", flush=True)  # fmt: skip
     convert_check.say_unproven(unproven)
@@ -86,8 +100,7 @@ def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> 
     """The run's config: the source's model, its tokenizer, and defaults that training and evaluation accept."""
     if dtype == "float16":
         raise UserError("--dtype=float16: parameters are kept in float32, bfloat16 or float64; float32 holds float16's")
-    files = ("tokenizer.json", "tokenizer.model")
-    has_tokenizer = any((found.folder / name).is_file() for name in files)
+    has_tokenizer = hub_files.has_tokenizer(found.folder)
     base = Config(
         name=os.path.basename(to),
         model=found.cfg,
@@ -124,46 +137,41 @@ def moves_of(family: Family, vocab_size: int, model: registry.Model, names: Any)
     return rules.plan(table, model.cfg, model.shapes(), model.axes(), vocab_size)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def write_parameters(
+    folder: Path,
+    model: registry.Model,
+    tensors: dict[str, Tensor],
+    moves: Sequence[Move],
+    adapter: Adapter | None = None,
+) -> None:
+    """Stream the source's tensors into checkpoint 0 of the run in `folder`.
 
-
-def write_parameters(folder: Path, model: registry.Model, tensors: dict[str, Tensor], moves: Sequence[Move]) -> None:
-    """Stream the source's tensors into checkpoint 0 of the run in `folder`."""
+    An adapter joins its layers as it is where the model has adapters (`model.lora`), else it is added to their kernels.
+    """
     shapes = {f"params/{path}": leaf for path, leaf in by_path(model.shapes()).items()}
     depths = {f"params/{slot.path}": len(slot.index) for move in moves for slot in move.ours}
+    modules = adapters.modules_of(moves) if adapter else {}
+    beside = [path for path in shapes if lora.is_adapter(path)]
+    depths |= {path: depths[f"{path.rpartition('/')[0]}/kernel"] for path in beside}
     streamed = StreamedCheckpoint(folder / "arrays", shapes, depths)
     with told("reading", sum(tensor.nbytes for tensor in tensors.values())) as advance:
         for move in sorted(moves, key=lambda move: (tensors[move.theirs[0]].file, tensors[move.theirs[0]].start)):
             theirs = [tensors[name] for name in move.theirs]
             origin = " and ".join(f"the tensor {tensor.name} in {tensor.file}" for tensor in theirs)
-            ours = move.transform.to_ours([tensor.read() for tensor in theirs])
+            arrays = [tensor.read() for tensor in theirs]
+            part = adapter.parts.get(move.theirs[0].removesuffix(".weight")) if adapter else None
+            if part is not None and beside:
+                for path, index, values in adapters.arrays_of(modules[part.module], part):
+                    streamed.write(f"params/{path}", index, values, f"the adapter of {part.module} in {part.a.file}")
+            elif part is not None:
+                dtype = model.module.precision.params
+                arrays = [part.added_to(arrays[0], dtype, conv=part.module in modules and modules[part.module].conv)]
+            ours = move.transform.to_ours(arrays)
             for slot, values in zip(move.ours, ours, strict=True):
                 streamed.write(f"params/{slot.path}", slot.index, values, origin)
-            del ours, values
+            del ours, values, arrays
             advance(sum(tensor.nbytes for tensor in theirs), len(theirs))
     streamed.finish(folder, step=0)
-
-
-def describe(folder: Path, cfg: Config, model: registry.Model, found: Source, tensors: dict[str, Tensor]) -> None:
-    """All of a run's folder but its checkpoint, and the files that lay beside the weights."""
-    tokenizer: Any = tokenizers.NoTokenizer(cfg.model.vocab_size)
-    if cfg.data.tokenizer != "none":
-        tokenizer = tokenizers.load(found.folder)
-    run_folder.write(folder, config.to_dict(cfg), tokenizer, model.shapes(), model.axes())
-    beside = folder / BESIDE
-    beside.mkdir()
-    for name in source.BESIDE:
-        if (found.folder / name).is_file():
-            shutil.copyfile(found.folder / name, beside / name)
-    usual = most_frequent([tensor.dtype.name for tensor in tensors.values()])
-    others = {name: tensor.dtype.name for name, tensor in tensors.items() if tensor.dtype.name != usual}
-    run_folder.write_json(beside / NOTES, {"architecture": found.family.architecture, "dtype": usual,
-                                           "other_dtypes": others})  # fmt: skip
-
-
-def most_frequent(words: Sequence[str]) -> str:
-    return max(sorted(set(words)), key=list(words).count)
 
 
 # ---------------------------------------------------------------------------------------------- to the hub
@@ -177,7 +185,9 @@ def to_hub(
     architecture: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
     check: bool = True,
+    streamed: bool | None = None,
 ) -> None:
     """Write the folder `to`, as transformers and its like read it, from a run's checkpoint.
 
@@ -188,36 +198,73 @@ def to_hub(
       architecture: of the hub; None: the one that the run was converted from, else the first that can say the model.
       dtype: of the tensors; None: those of the source, else that of the parameters.
       shard_bytes: the largest file, unless one tensor is larger.
-      check: compare the logits in the end.
+      adapter: write the run's adapters alone, as `peft` reads them; else they are merged.
+      check, streamed: as `from_hub`.
 
     Raises: as `from_hub`; UserError where the family cannot say the model.
     """
     refuse_existing(to)
-    if jax.process_count() > 1:
-        raise UserError("convert runs as one process: start it on one machine, without the others")
+    refuse_several("convert")
     cfg = restore.read_config(workdir)
-    beside = files_beside(workdir, cfg)
-    notes = json.loads((beside / NOTES).read_text(encoding="utf-8")) if beside else {}
-    family = family_of_run(cfg.model, architecture, notes.get("architecture"))
-    written = family.hf_config(cfg.model)  # refused here, before anything is read
-    run = restore.restore(workdir, step)
-    moves = moves_of(family, written["vocab_size"], run.model, ())
+    start_backend(cfg)  # 64 bits, where the run has them
+    if adapter and not cfg.model.lora.rank:
+        raise UserError(f"--adapter: the run {workdir} has none (model.lora.rank is 0); leave it out")
+    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig()))
+    beside, notes = hub_files.beside(workdir, cfg)
+    family = family_of_run(plain.model, architecture, notes.get("architecture"))
+    written = family.hf_config(plain.model)  # refused here, before anything is read
+    moves = moves_of(family, written["vocab_size"], built(plain, Layout()), ())
     same = notes.get("architecture") == family.architecture
     dtypes = tensor_dtypes(moves, dtype, notes if same else {}, cfg.precision.params)
-    with new_folder(to) as folder:
-        write_tensors(folder, by_path(run.params), moves, dtypes, shard_bytes)
-        write_config(folder, family, run.cfg.model, beside if same else None, most_frequent(list(dtypes.values())))
-        write_tokenizer(folder, run.tokenizer, beside)
-        leaf_dtypes = {slot.path: dtypes[move.theirs[0]] for move in moves for slot in move.ours}
-        unproven = convert_check.of_export(folder, run, leaf_dtypes) if check else NOT_ASKED
-    print(f"{to}: {family.architecture} of step {run.step} of {workdir}", flush=True)
+    if step is None and cfg.checkpoint.use == "best":
+        step = checkpoint.best_step(workdir)
+
+    def write(path: Path, step: int) -> tuple[int, reference.Missing | None]:
+        with new_folder(to) as folder:
+            with SavedParameters(path, cfg) as saved:
+                if adapter:
+                    base = notes.get("name") if same else None
+                    kind = safetensors.DTYPES[DTYPES[dtype or "float32"]]
+                    adapters.write(folder, moves, saved.adapted, saved.read, cfg.model.lora, kind, base)
+                else:
+                    write_tensors(folder, saved.slot, moves, dtypes, shard_bytes)
+            if not adapter:
+                usual = hub_files.most_frequent(list(dtypes.values()))
+                hub_files.write_config(folder, family, plain.model, beside if same else None, usual)
+                hub_files.write_tokenizer(folder, tokenizers.load(f"{workdir}/tokenizer"), beside)
+            if not check:
+                return step, convert_check.NOT_ASKED
+            if adapter:
+                return step, convert_check.of_adapter(folder, workdir, step, base, streamed=streamed)
+            leaf_dtypes = {slot.path: dtypes[move.theirs[0]] for move in moves for slot in move.ours}
+            return step, convert_check.of_export(folder, workdir, step, leaf_dtypes, streamed=streamed)
+
+    step, unproven = checkpoint.first_intact(workdir, step, write)
+    what = "adapters for " if adapter else ""
+    print(f"{to}: {what}{family.architecture} of step {step} of {workdir}", flush=True)
     convert_check.say_unproven(unproven)
 
 
-def files_beside(workdir: str, cfg: Config) -> Path | None:
-    """The hub's files that the run, or the run whose parameters it started from, was converted from."""
-    starts = (workdir, cfg.checkpoint.init_from, cfg.checkpoint.resume_from)
-    return next((Path(start) / BESIDE for start in starts if start and (Path(start) / BESIDE / NOTES).is_file()), None)
+class SavedParameters(SavedArrays):
+    """The parameters of a run's checkpoint (their running average where it keeps one), read slice by slice."""
+
+    def __init__(self, path: Path, cfg: Config):
+        shapes, self._lora = by_path(built(cfg, Layout()).shapes()), cfg.model.lora
+        self._name = "ema" if cfg.train.ema_decay else "params"
+        wide = lambda s: s.update(dtype=np.promote_types(s.dtype, np.float32)) if self._name == "ema" else s  # noqa: E731
+        super().__init__(path, {f"{self._name}/{path}": wide(shape) for path, shape in shapes.items()})
+        self.adapted = adapters.layers_with_adapters(shapes)
+
+    def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        return super().read(f"{self._name}/{path}", index)
+
+    def slot(self, slot: rules.Slot) -> np.ndarray:
+        """What lies in a slot, its adapter in it, without what fills the vocabulary up."""
+        values, layer = self.read(slot.path, slot.index), adapters.layer_of(slot)
+        if layer in self.adapted and slot.path.endswith("/kernel"):
+            a, b = (self.read(f"{layer}/{name}", slot.index) for name in (lora.A, lora.B))
+            values = lora.merged(values, a, b, self._lora.scale)
+        return values[tuple(slice(size) for size in slot.shape)]
 
 
 def family_of_run(cfg: DecoderConfig, asked: str | None, came_from: str | None) -> Family:
@@ -236,7 +283,11 @@ def tensor_dtypes(moves: Sequence[Move], asked: str | None, notes: dict[str, Any
 
 
 def write_tensors(
-    folder: Path, leaves: dict[str, jax.Array], moves: Sequence[Move], dtypes: dict[str, str], shard_bytes: int
+    folder: Path,
+    read: Callable[[rules.Slot], np.ndarray],
+    moves: Sequence[Move],
+    dtypes: dict[str, str],
+    shard_bytes: int,
 ) -> None:
     """Every tensor of theirs, one layer and one expert of ours at a time."""
     planned, whence = [], {}
@@ -248,17 +299,12 @@ def write_tensors(
 
         def produce(tensor: Planned) -> np.ndarray:
             move = whence[tensor.name]
-            ours = [slice_of(leaves[slot.path], slot) for slot in move.ours]
+            ours = [read(slot) for slot in move.ours]
             theirs = move.transform.to_theirs(ours)[move.theirs.index(tensor.name)]
             advance(tensor.nbytes, 1)
             return cast(theirs, tensor)
 
         safetensors.write_folder(folder, planned, produce, largest=shard_bytes)
-
-
-def slice_of(leaf: jax.Array, slot: rules.Slot) -> np.ndarray:
-    """What lies in the slot, without what fills the vocabulary up, in the host's memory."""
-    return np.asarray(leaf[slot.index] if slot.index else leaf)[tuple(slice(size) for size in slot.shape)]
 
 
 def cast(values: np.ndarray, tensor: Planned) -> np.ndarray:
@@ -270,90 +316,12 @@ def cast(values: np.ndarray, tensor: Planned) -> np.ndarray:
     return found
 
 
-def write_config(folder: Path, family: Family, cfg: DecoderConfig, beside: Path | None, dtype: str) -> None:
-    """config.json: what the model says, and what the source's said that says nothing about the model."""
-    values: dict[str, Any] = {}
-    if beside:
-        values = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        for name in ("rope_parameters", "partial_rotary_factor", "layer_types", "dtype", "_name_or_path"):
-            values.pop(name, None)
-    values |= family.hf_config(cfg) | {"torch_dtype": dtype}
-    path = folder / "config.json"
-    run_folder.write_json(path, values)
-    if function_of(family.config(values, str(path))) != function_of(cfg):
-        raise UserError(f"{path} would describe another model, by what the source's config.json says beside")
-
-
-def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
-    """The tokenizer's files, the source's own where the run was converted from one, and generation_config.json."""
-    for name in source.BESIDE if beside else ():
-        if name != "config.json" and (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
-    for name, content in tokenizer._files().items():
-        (folder / name).write_bytes(content)
-    eos = tokenizer.eos_id
-    if not (folder / "generation_config.json").exists():
-        special = {} if eos is None else {"eos_token_id": eos}
-        run_folder.write_json(folder / "generation_config.json", {"_from_model_config": True} | special)
-    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        special = {} if eos is None else {"eos_token": tokenizer._added[eos].content}
-        run_folder.write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special
-        )
-
-
-# --------------------------------------------------------------------------------------------------- dry run
-
-
-def mapping(name: str, *, overrides: Sequence[str] = (), dtype: str | None = None, revision: str | None = None) -> str:
-    """`--dry_run`: each of their tensors, what it becomes, shape, dtype, how the mesh splits it. Reads no weights."""
-    found = source.open_folder(hub.folder_of(name, revision, weights=False))
-    try:
-        tensors = found.tensors()
-    except DataError:  # a name on the hub, of which the small files alone were fetched
-        tensors = {}
-    kept = dtype or (source.widest(tensors).name if tensors else found.values.get("torch_dtype") or "float32")
-    cfg = run_config(found, name, overrides, "float32" if kept == "float16" else kept)
-    sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
-    layout = sharding.abstract_layout(cfg.mesh, jax.device_count() if -1 in sizes else int(np.prod(sizes)))
-    model = built(cfg, layout)
-    moves = moves_of(found.family, found.cfg.vocab_size, model, tensors)
-    if tensors:
-        source.check_names(found, tensors, moves)
-    return table(moves, tensors, model, layout, cfg.precision.params)
-
-
-def table(
-    moves: Sequence[Move], tensors: dict[str, Tensor], model: registry.Model, layout: Layout, params: str
-) -> str:
-    splits = by_path(layout.parameter_shardings(model.shapes(), model.axes()))
-    lines = [("theirs", "ours", "shape", "dtype", "split over")]
-    for move in moves:
-        for i, slot in enumerate(move.ours):
-            name = move.theirs[i] if i < len(move.theirs) else ""
-            tensor = tensors.get(name)
-            dtype = f"{tensor.dtype.name} to {params}" if tensor and tensor.dtype.name != params else params
-            place = slot.path + (str(list(slot.index)) if slot.index else "")
-            lines.append((name, place, "x".join(map(str, slot.shape)), dtype, split_over(splits[slot.path])))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    row = lambda line: [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)] + [line[4]]  # noqa: E731
-    return "\n".join("  ".join(row(line)).rstrip() for line in lines)
-
-
-def split_over(placed: jax.sharding.NamedSharding) -> str:
-    """The mesh axes that split a parameter, those of size 1 left out."""
-    axes = [axis for part in placed.spec if part for axis in ([part] if isinstance(part, str) else part)]
-    return " ".join(axis for axis in axes if placed.mesh.shape[axis] > 1)
-
-
-def support_table() -> str:
-    """`--list`: the families that can be converted."""
-    lines = [("architecture", "models"), *((f.architecture, f.title) for f in families.FAMILIES.values())]
-    width = max(len(line[0]) for line in lines)
-    return "\n".join(f"{first:<{width}}  {second}" for first, second in lines)
-
-
 # ---------------------------------------------------------------------------------------------------- parts
+
+
+def refuse_several(command: str) -> None:
+    if jax.process_count() > 1:
+        raise UserError(f"{command} runs as one process: start it on one machine, without the others")
 
 
 def refuse_existing(to: str) -> None:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +24,6 @@ from llm_jax.errors import DataError
 from llm_jax.training.arrays import CHUNK_BYTES, nested, quiet_libraries
 from llm_jax.training.record import sealed
 
-CHUNK_BYTES = 16 << 20
 WORKERS = min(os.cpu_count() or 1, 8)  # threads, with one chunk each
 PIECE = 1 << 16  # numbers that are summed at a time: they stay in the cache
 TILE = 128  # columns that are transposed at a time, likewise
