@@ -120,7 +120,7 @@ CASES = {  # name: (transformers' class of the config, its values)
         NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True, hidden_act="gelu_new",
                     rope_parameters=dict(rope_type="linear", rope_theta=1e3, factor=2.0, partial_rotary_factor=1.0)),
     ),
-    "DeepSeek-V2 Lite": ("DeepseekV2", DEEPSEEK | dict(q_lora_rank=None, num_attention_heads=3, num_key_value_heads=3, hidden_size=33)),
+    "DeepSeek-V2 Lite": ("DeepseekV2", DEEPSEEK | dict(q_lora_rank=None, num_attention_heads=3, num_key_value_heads=3, hidden_size=36)),
     "DeepSeek-V2, groups, scaled YaRN": (
         "DeepseekV2",
         DEEPSEEK | dict(topk_method="group_limited_greedy", n_group=3, topk_group=2, num_experts_per_tok=3,

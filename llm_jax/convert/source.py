@@ -1,17 +1,19 @@
 """A checkpoint of the hub as files: where they are, what config.json says, and the tensors under the table's names."""
 
+import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_jax.config import DecoderConfig
-from llm_jax.convert import families, safetensors
+from llm_jax.config import EncoderConfig, TransformerConfig
+from llm_jax.convert import families, packed, safetensors
 from llm_jax.convert.family import Family
-from llm_jax.convert.rules import Move
+from llm_jax.convert.rules import Move, matches
 from llm_jax.convert.safetensors import Tensor
 from llm_jax.errors import DataError, UserError
 
@@ -31,7 +33,7 @@ class Source:
     folder: Path
     values: dict[str, Any]  # config.json
     family: Family
-    cfg: DecoderConfig
+    cfg: TransformerConfig
     untied: bool = False  # the head is the embedding there, and gets a copy of its own here
 
     def tensors(self) -> dict[str, Tensor]:
@@ -39,13 +41,32 @@ class Source:
 
         Raises DataError: a file is missing, cut off or damaged.
         """
-        found = safetensors.read_folder(self.folder)
-        prefix = self.family.prefix
-        if not any(name.startswith(prefix) for name in found):  # saved without the head's class
-            found = {name if name == self.family.head else prefix + name: tensor for name, tensor in found.items()}
+        found, others = self._all(), self.of_other_heads()
         if self.untied:
             found.setdefault(self.family.head, found[self.family.embedding])
+        return {name: tensor for name, tensor in found.items() if name not in others}
+
+    def of_other_heads(self) -> dict[str, Tensor]:
+        """Tensors that the architecture has no use for: of heads that the checkpoint was trained with before."""
+        family, found = self.family, self._all()
+        used = {name for rule in family.rules(self.cfg, found) for name in rule.theirs}
+        used |= {copy for copy, _ in family.tied}
+        return {n: tensor for n, tensor in found.items() if n not in used and matches(n, family.other_heads)}
+
+    def _all(self) -> dict[str, Tensor]:
+        found = named(packed.unpacked(safetensors.read_folder(self.folder), self.values), self.family)
         return {name: tensor for name, tensor in found.items() if not self.family.is_no_parameter(name)}
+
+
+def named(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The tensors under the names that the family's table uses: checkpoints may leave a prefix out, or have it more."""
+    if family.model is EncoderConfig:  # a norm's, in checkpoints that came from TensorFlow
+        tensors = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): t for name, t in tensors.items()}
+    if family.bare_prefix:
+        return {name.removeprefix(family.bare_prefix): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    return {name if name == family.head else family.prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def open_folder(folder: Path) -> Source:
@@ -61,7 +82,10 @@ def open_folder(folder: Path) -> Source:
         raise UserError(f"{path} is damaged or cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
-    family = families.of_config(values, str(path))
+    names: list[str] = []
+    with contextlib.suppress(DataError):  # of which more is said when tensors are read
+        names = list(safetensors.read_folder(folder))
+    family = families.of_config(values, str(path), names)
     return Source(folder, values, family, family.config(values, str(path)))
 
 
@@ -93,7 +117,12 @@ def check_names(source: Source, tensors: dict[str, Tensor], moves: Sequence[Move
 
 
 def _drop_tied_head(source: Source, tensors: dict[str, Tensor]) -> None:
-    head, embedding = tensors.get(source.family.head), tensors.get(source.family.embedding)
+    for copy, original in ((source.family.head, source.family.embedding), *source.family.tied):
+        _drop_copy(source, tensors, copy, original)
+
+
+def _drop_copy(source: Source, tensors: dict[str, Tensor], copy: str, original: str) -> None:
+    head, embedding = tensors.get(copy), tensors.get(original)
     if not source.cfg.tie_embeddings or head is None or embedding is None:
         return
     if head.shape != embedding.shape or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
@@ -101,7 +130,7 @@ def _drop_tied_head(source: Source, tensors: dict[str, Tensor]) -> None:
             f"{head.file}: {head.name} differs from {embedding.name}, and config.json says that they are one "
             "(tie_word_embeddings); set it to false there if the checkpoint has a head of its own"
         )
-    del tensors[source.family.head]
+    del tensors[copy]
 
 
 def listed(names: Sequence[str]) -> str:

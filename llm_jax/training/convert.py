@@ -17,7 +17,18 @@ import numpy as np
 
 from llm_jax import config
 from llm_jax.backend import start_backend
-from llm_jax.config import Config, DataConfig, DecoderConfig, LoraConfig, PrecisionConfig, TrainConfig
+from llm_jax.config import (
+    ColumnsConfig,
+    Config,
+    DataConfig,
+    EncoderConfig,
+    LoraConfig,
+    MaskingConfig,
+    PrecisionConfig,
+    TrainConfig,
+    TransformerConfig,
+)
+from llm_jax.config.tasks import HEADS
 from llm_jax.convert import families, hub, peft, reference, rules, safetensors, source
 from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.peft import Adapter
@@ -91,6 +102,8 @@ def from_hub(
         unproven = convert_check.NOT_ASKED
         if check:
             unproven = convert_check.of_import(folder, found, model, tensors, given, merge=merge, streamed=streamed)
+    if left_out := found.of_other_heads():
+        print(f"left out, of other heads: {', '.join(left_out)}", flush=True)
     print(f"{to}: {found.family.title}, {registry.count_parameters(model.shapes()):,} parameters "
           f"({cfg.precision.params})", flush=True)  # fmt: skip
     convert_check.say_unproven(unproven)
@@ -100,15 +113,10 @@ def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> 
     """The run's config: the source's model, its tokenizer, and defaults that training and evaluation accept."""
     if dtype == "float16":
         raise UserError("--dtype=float16: parameters are kept in float32, bfloat16 or float64; float32 holds float16's")
-    has_tokenizer = hub_files.has_tokenizer(found.folder)
     base = Config(
         name=os.path.basename(to),
         model=found.cfg,
-        data=DataConfig(
-            tokenizer=f"{to}/tokenizer" if has_tokenizer else "none",
-            eos=eos_habit(found.folder) if has_tokenizer else "none",
-            sequence_length=min(found.cfg.max_length, 1024),
-        ),
+        data=data_config(found, to),
         train=TrainConfig(steps=1000),
         precision=PrecisionConfig(params=dtype),
     )
@@ -122,6 +130,25 @@ def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> 
                 f"{getattr(theirs, field.name)!r}, and another value would make it another model; leave it out"
             )
     return cfg
+
+
+def data_config(found: Source, to: str) -> DataConfig:
+    """Of a decoder the language, of an encoder what its head was made for; without data of its own."""
+    length, there = min(found.cfg.max_length, 1024), hub_files.has_tokenizer(found.folder)
+    if not isinstance(found.cfg, EncoderConfig):
+        tokenizer, eos = (f"{to}/tokenizer", eos_habit(found.folder)) if there else ("none", "none")
+        return DataConfig(tokenizer=tokenizer, eos=eos, sequence_length=length)
+    task = next(task for task, heads in HEADS.items() if found.cfg.head in heads)
+    masked = task in ("masked", "replaced")
+    return DataConfig(
+        task=task,
+        path="stdlib" if masked else "records.jsonl",
+        tokenizer=f"{to}/tokenizer",
+        eos="lines" if masked else "append",
+        sequence_length=length,
+        columns=ColumnsConfig(pair="pair" if task == "similarity" else ""),
+        masking=MaskingConfig(next_sentence=found.cfg.head == "masked_pairs") if masked else MaskingConfig(),
+    )
 
 
 def eos_habit(folder: Path) -> str:
@@ -267,13 +294,14 @@ class SavedParameters(SavedArrays):
         return values[tuple(slice(size) for size in slot.shape)]
 
 
-def family_of_run(cfg: DecoderConfig, asked: str | None, came_from: str | None) -> Family:
+def family_of_run(cfg: TransformerConfig, asked: str | None, came_from: str | None) -> Family:
     if asked:
-        return families.find(asked, "--architecture")
+        families.find(asked, "--architecture")
+        forms = families.forms_of(asked)
+        return families.that_can_say(cfg, forms) if len(forms) > 1 else forms[0]
     if came_from in families.FAMILIES:
         with contextlib.suppress(UserError):
-            families.FAMILIES[came_from].hf_config(cfg)
-            return families.FAMILIES[came_from]
+            return families.that_can_say(cfg, families.forms_of(came_from))
     return families.that_can_say(cfg)
 
 
