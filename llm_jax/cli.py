@@ -222,7 +222,11 @@ def add_plan(commands: "Commands") -> None:
     other = plan.add_mutually_exclusive_group()
     other.add_argument("--hlo", metavar="FILE", help="time a compiled text from elsewhere, in place of a config")
     other.add_argument("--compare", nargs=2, metavar="SPEC", help="two configs side by side")
-    other.add_argument("--quick", action="store_true", help="estimate without compiling")
+    other.add_argument("--quick", action="store_true", help="estimate without compiling, in two seconds")
+    other.add_argument("--search", action="store_true", help="try meshes, remat and micro-batches; rank the best")
+    plan.add_argument("--candidates", type=int, default=4, metavar="N", help="of a search, to compile (default: 4)")
+    plan.add_argument("--write_config", default="", metavar="FILE", help="of a search: write the best as a config")
+    plan.add_argument("--mesh", default="", metavar="AXIS=N,...", help="of --hlo: its mesh's axes, in order")
 
 
 class Commands:
@@ -384,23 +388,44 @@ def plan_command(args: argparse.Namespace) -> int:
     for name in ("price", "tokens"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name}={getattr(args, name):g}: give a number above 0")
+    if args.candidates < 1:
+        raise UserError(f"--candidates={args.candidates}: give at least 1")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine planned for is another one
     start()
     from llm_jax.plan import command
     from llm_jax.plan.hardware import topology
-    from llm_jax.plan.setting import make_setting
 
     machine = topology(args.topology, args.slices)
+    money = dict(price=args.price, tokens=args.tokens)
     if args.hlo:
-        print(command.read_program(args.hlo, machine, {}))
-        return 0
-    if args.compare:
-        print(command.compare(args.compare, args.overrides, machine, price=args.price, tokens=args.tokens))
-        return 0
-    setting = make_setting(read_config(args), machine)
-    tokens = args.tokens or setting.cfg.train.tokens or setting.cfg.train.steps * setting.tokens
-    print(command.plan(setting, price=args.price, tokens=tokens, dump=args.dump_hlo, save=args.save_executable))
+        print(command.read_program(args.hlo, machine, mesh_of(args.mesh)))
+    elif args.compare:
+        print(command.compare(args.compare, args.overrides, machine, **money))
+    else:
+        print(plan_config(args, machine, read_config(args)))
     return 0
+
+
+def plan_config(args: argparse.Namespace, machine: Any, cfg: Config) -> str:
+    from llm_jax.plan import command
+    from llm_jax.plan.setting import make_setting
+
+    tokens = args.tokens or cfg.train.tokens or cfg.train.steps * cfg.train.global_batch_size * cfg.data.sequence_length
+    money = dict(price=args.price, tokens=tokens)
+    if args.search:
+        return command.search(cfg, machine, count=args.candidates, write=args.write_config, **money)
+    setting = make_setting(cfg, machine)
+    if args.quick:
+        return command.quick(setting, **money)
+    return command.plan(setting, dump=args.dump_hlo, save=args.save_executable, **money)
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    """{"data": 2, "fsdp": 8} of "data=2,fsdp=8"."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(axis and size.isdecimal() for axis, _, size in pairs):
+        raise UserError(f"--mesh={text}: write it as AXIS=SIZE,AXIS=SIZE in the order of the program's mesh")
+    return {axis: int(size) for axis, _, size in pairs}
 
 
 def prepare_command(args: argparse.Namespace) -> int:

@@ -1,30 +1,63 @@
 """What `llm-jax plan` does with its arguments."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from llm_jax.config import load
+from llm_jax.config import Config, load, to_dict
 from llm_jax.errors import UserError
-from llm_jax.plan import hlo, report
+from llm_jax.plan import fit, hlo, report
+from llm_jax.plan.candidates import best, differing
 from llm_jax.plan.compile import Compiled, compile_setting
 from llm_jax.plan.cost import step_times
 from llm_jax.plan.estimate import Estimate, estimate_compiled
 from llm_jax.plan.hardware import Topology
 from llm_jax.plan.memory import program_memory
 from llm_jax.plan.network import placed
+from llm_jax.plan.quick import quick_estimate
+from llm_jax.plan.search import try_all
 from llm_jax.plan.setting import Setting, make_setting
 
 
-def plan(setting: Setting, *, price: float, tokens: float, dump: str, save: str) -> str:
-    """Compile, and print all that is known."""
+def plan(setting: Setting, *, price: float, tokens: float, dump: str = "", save: str = "") -> str:
+    """Compile, and say all that is known; where the step does not fit, what would make it fit."""
     compiled = compiled_with_progress(setting, save)
     if dump and compiled.text:
         Path(dump).write_text(compiled.text, encoding="utf-8")
-    if compiled.refused:
-        return compiled.refused
-    return report.page(estimate_compiled(setting, compiled), price=price, tokens=tokens)
+    found = None if compiled.refused else estimate_compiled(setting, compiled)
+    parts = [report.page(found, price=price, tokens=tokens)] if found else []
+    if found is None or not found.fits:
+        needed = fit.needed_bytes(setting, compiled, found)
+        tensors = fit.large_tensors(setting)
+        parts.append(report.misfit(setting, needed, tensors, fit.verified(setting)))
+    return "\n\n".join(parts)
+
+
+def quick(setting: Setting, *, price: float, tokens: float) -> str:
+    return report.page(quick_estimate(setting), price=price, tokens=tokens)
+
+
+def search(cfg: Config, machine: Topology, *, count: int, tokens: float, price: float, write: str) -> str:
+    """Try the most promising settings; say how they rank, and the best one's page."""
+    chosen = best(cfg, machine, count)
+    if not chosen:
+        raise UserError(
+            f"{cfg.name} fits on {machine} in no way that is tried (mesh, remat, accumulation): take a larger machine, "
+            "shorter rows (data.sequence_length) or fewer rows (train.global_batch_size)"
+        )
+    tried = try_all(chosen)
+    first = tried[0]
+    if first.found is None or not first.found.fits:
+        raise UserError(f"none of the {len(tried)} candidates fits once compiled; try more of them with --candidates")
+    changes = differing(cfg, first.candidate.changes)
+    if write:
+        Path(write).write_text(json.dumps(to_dict(first.found.setting.cfg), indent=2) + "\n", encoding="utf-8")
+    return "\n\n".join(
+        [report.ranking(cfg, tried), report.page(first.found, price=price, tokens=tokens),
+         "the best, as overrides:\n" + report.override_lines(changes)]
+    )  # fmt: skip
 
 
 def estimate(setting: Setting) -> Estimate:

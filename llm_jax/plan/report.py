@@ -4,11 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 
+from llm_jax.config import Config
 from llm_jax.models.flops import FORMULA
+from llm_jax.plan.candidates import differing
 from llm_jax.plan.cost import Times
 from llm_jax.plan.estimate import Estimate
 from llm_jax.plan.hardware import Topology
 from llm_jax.plan.memory import Memory
+from llm_jax.plan.search import Tried
 from llm_jax.plan.setting import Setting, slices_note
 from llm_jax.training.back_end import attention_line
 
@@ -156,6 +159,35 @@ def comparison(first: Estimate, second: Estimate, *, price: float, tokens: float
     for name, a, b, unit in pairs:
         rows.append((name, f"{a:,.4g} {unit}".strip(), f"{b:,.4g} {unit}".strip(), f"{b / a:.2f}" if a else "-"))
     return "\n\n".join([head(first.setting, first.how), head(second.setting, second.how), table("side by side", rows)])
+
+
+def misfit(setting: Setting, needed: float, tensors: Sequence[tuple[float, str]], good: Sequence[Tried]) -> str:
+    """What does not fit, by how much, and what would; `good`: changes that were compiled and fit."""
+    room = setting.machine.hardware.memory
+    much = f"it needs {needed / GIB:.1f} GiB of each device's {room / GIB:.1f}, {(needed - room) / GIB:.1f} too many"
+    rows = [(name, f"{size / GIB:.2f}") for size, name in tensors[:8]]
+    parts = [
+        f"{setting.cfg.name} does not fit on {setting.machine}: {much if needed == needed else 'its compiler refuses it'}",
+        table("largest tensors of a device, GiB (reckoned)", rows),
+    ]
+    if good:
+        ways = [(f"{one.found.memory.total / GIB:.1f} GiB", f"{one.found.times.total:.3f} s a step",
+                 override_lines(one.candidate.changes)) for one in good]  # fmt: skip
+        parts.append(table("changes that make it fit, each compiled", ways))
+    else:
+        parts.append("no change of mesh, remat or accumulation that was tried makes it fit: take a larger machine")
+    return "\n\n".join(parts)
+
+
+def ranking(cfg: Config, tried: Sequence[Tried]) -> str:
+    """All that was compiled, the best first."""
+    rows = [("", "s a step", "reckoned", "GiB", "changes")]
+    for place, one in enumerate(tried, 1):
+        good = one.found if one.found and not one.why_not else None
+        seconds = f"{good.times.total:.3f}" if good else one.why_not[:40]
+        rows.append((str(place), seconds, f"{one.candidate.seconds:.3f}", f"{good.memory.total / GIB:.1f}" if good else "-",
+                     override_lines(differing(cfg, one.candidate.changes)) or "as it is"))  # fmt: skip
+    return table("candidates, compiled", rows)
 
 
 def override_lines(changes: dict[str, object]) -> str:
