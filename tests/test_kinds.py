@@ -1,0 +1,177 @@
+"""Layers of several kinds in one stack: which layer is which, the loop over them, and what each kind computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import QUICK, assert_close, build, decoder, numbers, packed
+
+from llm_jax.config import check, from_dict
+from llm_jax.errors import ConfigError
+from llm_jax.models.kinds import LayerKind, layer_kinds, over_layers, shortest_period
+from llm_jax.objectives.language import LanguageObjective
+
+FULL, WINDOW, ORDERLESS = LayerKind(), LayerKind(window=True), LayerKind(positions=False)
+PATTERN = ("window", "full_without_positions", "full")
+# Every norm placement with a pattern that five layers do not fill.
+MIXED = dict(num_layers=5, layer_pattern=PATTERN, sliding_window=3, window_rope_base=70.0, qk_norm="head")
+
+
+def test_the_pattern_repeats_over_the_layers():
+    assert layer_kinds(decoder(num_layers=5, layer_pattern=PATTERN, sliding_window=3)) == (
+        WINDOW, ORDERLESS, FULL, WINDOW, ORDERLESS,
+    )  # fmt: skip
+    assert layer_kinds(decoder()) == (FULL, FULL)
+    assert layer_kinds(decoder(sliding_window=3)) == (WINDOW, WINDOW)
+
+
+def test_the_shortest_period():
+    for words, period in (("aaaa", 1), ("abab", 2), ("ababa", 2), ("aab", 3), ("aabaaba", 3), ("abcb", 4), ("a", 1)):
+        assert shortest_period(words) == period, words
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("words", ["aaaaa", "ababab", "ababa", "abcabcab", "aab", "abcde", "abb"])
+def test_the_loop_over_layers_is_a_plain_loop(words):
+    """Whole numbers, so both are equal; and no more layers are traced than a period and its rest have."""
+    traced = []
+
+    def layer(kind, carry, own):
+        traced.append(kind)
+        carry = 3 * carry + "abcde".index(kind) * own["a"] + own["b"].sum()
+        return carry, {"seen": carry, "own": own["b"] * 2}
+
+    of_layers = {"a": np.arange(len(words)) + 1, "b": np.arange(2 * len(words)).reshape(-1, 2)}
+    carry, found = jax.jit(lambda carry: over_layers(layer, words, carry, of_layers))(jnp.int32(7))
+    period = shortest_period(words)
+    assert len(traced) <= 2 * period + len(words) % period  # a scan traces its body twice
+
+    expected, plain = 7, []
+    for i, kind in enumerate(words):
+        expected, one = layer(kind, expected, {"a": of_layers["a"][i], "b": of_layers["b"][i]})
+        plain.append(one)
+    assert int(carry) == expected
+    np.testing.assert_array_equal(found["seen"], [one["seen"] for one in plain])
+    np.testing.assert_array_equal(found["own"], [one["own"] for one in plain])
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "output", "parallel"])
+def test_scanned_layers_are_those_applied_one_by_one(x64, placement):
+    """Logits and gradients, with packed rows."""
+    cfg = decoder(norm_placement=placement, **MIXED)
+    params, batch = numbers(build(cfg, dtype="float64")), packed(3, 12)
+    value, gradient = value_and_gradient(cfg, params, batch)
+    alone, gradient_alone = value_and_gradient(dataclasses.replace(cfg, scan_layers=False), unstacked(params, 5), batch)
+    np.testing.assert_allclose(value, alone, rtol=1e-12)
+    assert_close(unstacked(gradient, 5), gradient_alone, atol=1e-10)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_changes_no_gradient(x64, scan):
+    cfg = decoder(scan_layers=scan, **MIXED)
+    params, batch = numbers(build(cfg, dtype="float64")), packed(2, 8)
+    expected = value_and_gradient(cfg, params, batch)
+    for changes in (dict(remat="full"), dict(remat="names", remat_save=("query",))):
+        found = value_and_gradient(dataclasses.replace(cfg, **changes), params, batch)
+        assert_close(found, expected, atol=1e-12)
+
+
+def unstacked(params, layers):
+    blocks = params["stack"]["blocks"]
+    stack = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(layers)}
+    return params | {"stack": stack}
+
+
+def value_and_gradient(cfg, params, batch):
+    model = build(cfg, dtype="float64")
+    loss = lambda params: LanguageObjective().sums(model, params, batch, None)["loss"]  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_decoding_with_a_cache_gives_the_logits_of_whole_rows(x64, scan):
+    """A prompt of 4 tokens, then one at a time to three times the window; rows of two lengths."""
+    cfg = decoder(scan_layers=scan, attention_softcap=2.0, norm_placement="sandwich", **MIXED)
+    model = build(cfg, dtype="float64")
+    params = numbers(model)
+    tokens = np.random.default_rng(5).integers(0, 30, (2, 10)).astype(np.int32)
+    whole = jax.jit(model.apply, compiler_options=QUICK)(params, tokens)
+    step = jax.jit(model.apply_cached, static_argnums=4, compiler_options=QUICK)
+    starts = np.array([[0], [0]])
+    found, cache = step(params, {}, tokens[:, :4], starts + np.arange(4), 12)
+    logits = [found]
+    for place in range(4, 10):
+        found, cache = step(params, cache, tokens[:, place : place + 1], starts + place, 12)
+        logits.append(found)
+    np.testing.assert_allclose(np.concatenate(logits, 1), whole, rtol=1e-9, atol=1e-11)
+
+
+# ----------------------------------------------------------------------------------------------- each kind
+
+
+def logits(tokens, cfg, params):
+    return jax.jit(build(cfg, dtype="float64").apply, compiler_options=QUICK)(params, tokens)
+
+
+def test_windows_and_full_layers_see_what_they_should(x64):
+    """The last token of 12 depends on the first through a full layer; through two windows of 3 on the last 5 alone."""
+    tokens = np.arange(12, dtype=np.int32)[None]
+    sizes = dict(num_layers=2, sliding_window=3)
+    for pattern, seen in ((("window",), 5), (("full", "window"), 12), (("window", "full"), 12)):
+        cfg = decoder(layer_pattern=pattern, **sizes)
+        params = numbers(build(cfg, dtype="float64"))
+        rows = np.where(np.eye(13, 12, dtype=bool), 29, tokens)  # row i has another token i, the last one is as it was
+        last = logits(rows, cfg, params)[:, -1]
+        depends = (last[:12] != last[12]).any(-1).tolist()
+        assert sum(depends) == seen and depends == sorted(depends), pattern
+
+
+def test_windowed_layers_rotate_by_their_own_base_unscaled(x64):
+    """With a window as long as the row they are those of a model that has that base everywhere."""
+    tokens = np.random.default_rng(2).integers(0, 30, (2, 12)).astype(np.int32)
+    scaled = dict(base=1e4, scaling="linear", factor=4.0)
+    cfg = decoder(num_layers=2, layer_pattern=("window", "full"), sliding_window=12, window_rope_base=50.0, rope=scaled)
+    params = numbers(build(cfg, dtype="float64"))
+    window_first = logits(tokens, dataclasses.replace(cfg, layer_pattern=("window",)), params)
+    alike = decoder(num_layers=2, rope=dict(base=50.0))
+    np.testing.assert_allclose(window_first, logits(tokens, alike, params), rtol=1e-11, atol=1e-12)
+    mixed = logits(tokens, cfg, params)
+    assert np.abs(mixed - window_first).max() > 1e-3
+    all_full = logits(tokens, decoder(num_layers=2, rope=scaled), params)
+    assert np.abs(mixed - all_full).max() > 1e-3
+
+
+def test_layers_without_positions_know_no_distances(x64):
+    """Tokens told to stand twice as far apart give the same logits, as they do not in layers that rotate."""
+    tokens, places = np.arange(8, dtype=np.int32)[None], np.arange(8, dtype=np.int32)[None]
+    for pattern, same in ((("full_without_positions",), True), (("full", "full_without_positions"), False)):
+        cfg = decoder(num_layers=2, layer_pattern=pattern)
+        model = build(cfg, dtype="float64")
+        params = numbers(model)
+        apart = np.abs(model.apply(params, tokens, 2 * places) - model.apply(params, tokens, places)).max()
+        assert (apart < 1e-12) == same, (pattern, apart)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(layer_pattern=["windows"]), "model.layer_pattern = 'windows'.*did you mean window"),
+        (dict(layer_pattern=["window"]), "model.sliding_window is 0, so there is no window"),
+        (dict(layer_pattern=["full"], sliding_window=4), "no layer of model.layer_pattern has the window"),
+        (dict(layer_pattern=["window"] * 3, sliding_window=4, num_layers=2), "layers do not reach its end"),
+        (dict(layer_pattern=["full_without_positions"], positions="learned"), "set model.positions=rotary"),
+        (dict(window_rope_base=10.0), "no layer has both a window and rotary positions"),
+    ],
+    ids=str,
+)
+def test_patterns_that_cannot_be_followed_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        check(from_dict({"model": keys, "train": {"steps": 1}}))
