@@ -3,7 +3,7 @@
 from llm_jax.plan.hlo import Computation, Instruction, Program
 
 SLICES = ("dynamic-slice", "slice", "gather")
-VIEWS = ("bitcast", "reshape", "get-tuple-element", "tuple")
+VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert", "get-tuple-element", "tuple")
 
 
 def touched_bytes(program: Program, one: Instruction, name: str) -> int:
@@ -28,14 +28,20 @@ def own_bytes(one: Instruction, computation: Computation) -> int:
     return one.bytes + sum(computation[operand].bytes for operand in one.operands if operand in computation)
 
 
-def read_bytes(parameter: Instruction, inside: Computation) -> int:
-    """Of a fusion's parameter: all of it, or what slices take of it; nothing where it is only written into."""
-    users = [part for part in inside.values() if parameter.name in part.operands]
-    if users and all(part.opcode in SLICES for part in users):
-        return sum(part.bytes for part in users)
-    if users and all(part.opcode == "dynamic-update-slice" and part.operands[0] == parameter.name for part in users):
-        return 0
-    return parameter.bytes
+def read_bytes(part: Instruction, inside: Computation) -> int:
+    """Of an array inside a fusion: all of it, or what slices take of it; nothing where it is only written into."""
+    users = [one for one in inside.values() if part.name in one.operands]
+    if not users:
+        return part.bytes
+    read = 0
+    for one in users:
+        if one.opcode in SLICES and one.operands[0] == part.name:
+            read += one.bytes
+        elif one.opcode in VIEWS and not one.root:
+            read += read_bytes(one, inside)
+        elif one.opcode != "dynamic-update-slice" or one.operands[0] != part.name:
+            return part.bytes
+    return min(read, part.bytes)
 
 
 def written_bytes(inside: Computation) -> int:

@@ -24,8 +24,8 @@ WEIGHT = 2  # bytes of a number in the compute dtype, bfloat16
 MATRIX = {"v4": 0.80, "v5e": 0.84, "v5p": 0.80, "v6e": 0.64, "tpu7x": 0.72}
 HIDDEN = {"v4": 0.0, "v5p": 0.0, "tpu7x": 0.5, "v5e": 0.8, "v6e": 0.5}  # of the weights' gathering; GPUs: 0.6
 GPU_HIDDEN = 0.6
-PASSES = {"tpu": 60.0, "gpu": 50.0}  # numbers of width D that move through memory, a token and layer, without remat
-PASSES_AGAIN = 16.0  # more of them where the forward pass is computed twice
+PASSES = {"tpu": 40.0, "gpu": 60.0}  # times that a layer's activations go through memory
+PASSES_SAVED = 6.0  # and what is kept for the backward pass: stacked, read back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     if model.remat in ("dots", "dots_no_batch"):
         dots = {name: names[name] for name in ("layer_input", "query", "key", "value", "mlp_up", "mlp_gate")}
         return dots | {"attention_out": stream}
-    inside = {"norms": 2 * stream, "middle": stream, "rotated": size.heads + size.kv, "hidden": up * (1 + size.gated)}
+    rotated = (size.heads + size.kv) * (model.positions == "rotary")
+    inside = {"norms": 4 * stream, "middle": stream, "rotated": rotated, "hidden": up * (3 if size.gated else 5)}
     return names | inside
 
 
@@ -162,14 +163,13 @@ def times(setting: Setting, size: Sizes) -> Times:
     constants = TPU if machine.hardware.tpu else GPU
     products, kernels = computed_flops(setting, size)
     share = MATRIX[machine.hardware.name] if machine.hardware.tpu else constants.matrix
-    grouped = setting.cfg.model.moe.num_experts > 0
-    attention = constants.kernels["attention"]
+    reached = constants.kernels
+    attention = kernels[0] / reached["attention"] + kernels[1] / reached["attention backward"]
     found = Times(
         matrix=products["dense"] / (machine.hardware.flops * share),
-        kernel=kernels / (machine.hardware.flops * attention)
-        + grouped * products["experts"] / (machine.hardware.flops * constants.kernels["grouped product"]),
+        kernel=(attention + products["experts"] / reached["grouped product"]) / machine.hardware.flops,
         memory=memory_seconds(setting, size, constants),
-        flops=products["dense"] + products["experts"] + kernels,
+        flops=products["dense"] + products["experts"] + sum(kernels),
     )
     network(setting, size, constants, found)
     if setting.layout.stages > 1:  # turns in which a stage has nothing of its own cost as much as the others
@@ -179,8 +179,8 @@ def times(setting: Setting, size: Sizes) -> Times:
     return found
 
 
-def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], float]:
-    """({"dense", "experts"}: matrix products, attention kernels) of a device and step, with what is computed again."""
+def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tuple[float, float]]:
+    """({"dense", "experts"}: matrix products, attention kernels forward and backward) of a device and step, with what is computed again."""
     model, tokens = setting.cfg.model, size.tokens * size.micro
     qkv, out = 2 * size.width * (size.heads + 2 * size.kv), 2 * size.width * size.heads
     up, down = 2 * size.width * size.mlp * (1 + size.gated), 2 * size.width * size.mlp
@@ -199,16 +199,17 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], flo
     dense = tokens * (size.layers * (layer + (0 if experts else mlp)) + head)
     visible = setting.cfg.data.sequence_length / 2
     once = 4 * size.heads * visible * tokens * size.layers
-    kernels = once * (3.5 + (0 if model.remat == "none" else 1) + 0.5 * setting.machine.hardware.tpu)
+    backward = 3.5 if setting.machine.hardware.tpu else 2.5  # times the forward's: queries' and keys' gradients apart, or not
+    kernels = once * (1 if model.remat == "none" else 2), once * backward
     return {"dense": dense, "experts": tokens * size.layers * mlp if experts else 0.0}, kernels
 
 
 def memory_seconds(setting: Setting, size: Sizes, constants: Constants) -> float:
     """Operations on whole activations, and the optimizer's pass over the state."""
     hardware, model = setting.machine.hardware, setting.cfg.model
-    passes = PASSES["tpu" if hardware.tpu else "gpu"] + (PASSES_AGAIN if model.remat != "none" else 0.0)
     numbers = size.width / size.residual + size.rows * size.mlp * 0.2 + size.heads * 0.5
-    moved = passes * numbers * size.tokens * size.micro * size.layers * item_bytes(setting) / 2
+    numbers = PASSES["tpu" if hardware.tpu else "gpu"] * numbers + PASSES_SAVED * sum(kept(model, size).values())
+    moved = numbers * size.tokens * size.micro * size.layers * item_bytes(setting)
     state = setting.state_bytes()
     moved += 2 * (state["parameters"] + state["optimizer"]) + state["gradients"]
     return moved / (hardware.bandwidth * constants.memory)
