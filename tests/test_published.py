@@ -16,6 +16,8 @@ from configs.machines import fit, machine
 from llm_jax import sharding
 from llm_jax.config import check, check_devices, config_names, load
 from llm_jax.config.pipeline import bubble
+from llm_jax.convert import families
+from llm_jax.convert.family import function_of
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.experts import Bank, dropless
 from llm_jax.metrics.hardware import PEAK_FLOPS
@@ -61,11 +63,88 @@ COUNTS = {
     "qwen3:32b": 32_762_123_264,
     "qwen3:30b_a3b": 30_532_122_624,
     "qwen3:235b_a22b": 235_093_634_560,
+    "gemma:2b": 2_506_172_416,
+    "gemma:7b": 8_537_680_896,
+    "gemma2:2b": 2_614_341_888,
+    "gemma2:9b": 9_241_705_984,
+    "gemma2:27b": 27_227_128_320,
+    "gemma3:1b": 999_885_952,
+    "gemma3:4b": 3_880_263_168,  # these three without the vision tower
+    "gemma3:12b": 11_766_034_176,
+    "gemma3:27b": 27_009_346_304,
+    "olmo2:1b": 1_484_916_736,
+    "olmo2:7b": 7_298_617_344,
+    "olmo2:13b": 13_716_198_400,
+    "olmo2:32b": 32_234_279_936,
+    "pythia:70m": 70_426_624,
+    "pythia:160m": 162_322_944,
+    "pythia:410m": 405_334_016,
+    "pythia:1b": 1_011_781_632,
+    "pythia:1b4": 1_414_647_808,
+    "pythia:2b8": 2_775_208_960,
+    "pythia:6b9": 6_857_302_016,
+    "pythia:12b": 11_846_072_320,
+    "smollm3:3b": 3_075_098_624,
     "smollm2:135m": 134_515_008,
     "smollm2:360m": 361_821_120,
     "smollm2:1b7": 1_711_376_384,
 }
+# config.json of the hub, without the keys that say nothing about the model.
+HUB = {
+    "gemma:2b": dict(
+        architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0, head_dim=256, hidden_act="gelu",
+        hidden_size=2048, intermediate_size=16_384, max_position_embeddings=8192, num_attention_heads=8,
+        num_hidden_layers=18, num_key_value_heads=1, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10_000.0,
+        vocab_size=256_000,
+    ),
+    "gemma2:27b": dict(
+        architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0,
+        cache_implementation="hybrid", final_logit_softcapping=30.0, head_dim=128, hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh", hidden_size=4608, intermediate_size=36_864,
+        max_position_embeddings=8192, num_attention_heads=32, num_hidden_layers=46, num_key_value_heads=16,
+        query_pre_attn_scalar=144, rms_norm_eps=1e-6, rope_theta=10_000.0, sliding_window=4096,
+        sliding_window_size=4096, vocab_size=256_000,
+    ),
+    "gemma3:1b": dict(
+        architectures=["Gemma3ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None,
+        cache_implementation="hybrid", final_logit_softcapping=None, head_dim=256,
+        hidden_activation="gelu_pytorch_tanh", hidden_size=1152, intermediate_size=6912,
+        max_position_embeddings=32_768, num_attention_heads=4, num_hidden_layers=26, num_key_value_heads=1,
+        query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_local_base_freq=10_000, rope_scaling=None,
+        rope_theta=1_000_000, sliding_window=512, sliding_window_pattern=6, vocab_size=262_144,
+    ),
+    "olmo2:7b": dict(
+        architectures=["Olmo2ForCausalLM"], attention_bias=False, attention_dropout=0.0, hidden_act="silu",
+        hidden_size=4096, intermediate_size=11_008, max_position_embeddings=4096, num_attention_heads=32,
+        num_hidden_layers=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=500_000,
+        tie_word_embeddings=False, vocab_size=100_352,
+    ),
+    "smollm3:3b": dict(
+        architectures=["SmolLM3ForCausalLM"], attention_bias=False, attention_dropout=0.0, hidden_act="silu",
+        hidden_size=2048, intermediate_size=11_008, layer_types=["full_attention"] * 36,
+        max_position_embeddings=65_536, max_window_layers=28, mlp_bias=False, no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0] * 9, num_attention_heads=16, num_hidden_layers=36, num_key_value_heads=4,
+        rms_norm_eps=1e-6, rope_scaling=None, rope_theta=5_000_000.0, sliding_window=None, use_sliding_window=False,
+        vocab_size=128_256,
+    ),
+    "pythia:160m": dict(
+        architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", hidden_size=768, intermediate_size=3072,
+        layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=12, num_hidden_layers=12,
+        rotary_emb_base=10_000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+        vocab_size=50_304,
+    ),
+}  # fmt: skip
 ACTIVE = {"mixtral/8x7b": 12_879_925_248, "mixtral/8x22b": 39_152_031_744}  # two of eight experts: "13B", "39B"
+
+
+# Parameters, and those that a token meets, the embedding not counted: arXiv 2405.04434, appendix B ("15.7B", "2.4B");
+# 2412.19437, section 4.2 ("671B", "37B" with it); 2508.10925, table 1 ("20.91B", "3.61B"; "116.83B", "5.13B").
+MIXTURES = {
+    "deepseek/v2_lite": (15_706_484_224, 2_451_308_544),
+    "deepseek/v3": (671_026_419_200, 36_624_596_992),
+    "gpt_oss/20b": (20_914_757_184, 3_607_142_400),
+    "gpt_oss/120b": (116_829_156_672, 5_131_100_160),
+}
 
 
 def built(spec: str):
@@ -104,6 +183,35 @@ def test_parameters_are_as_published(name):
     check(cfg)
     model = registry.build(dataclasses.replace(cfg.model, vocab_multiple=1), sharding.Layout(), Precision())
     assert registry.count_parameters(model.shapes()) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_as_published(name):
+    cfg, model = built(name)
+    flops = training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length)
+    assert (registry.count_parameters(model.shapes()), flops.matrices / 6) == MIXTURES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "across"),
+    [
+        ("gpt_oss/120b:h100x512", dict(data=8, fsdp=64), ("fsdp=8", "data=8")),  # 2,880 = 64 * 45
+        ("deepseek/v3:h100x2048", dict(data=2, fsdp=512, tensor=2), ("fsdp=128", "data=2")),  # latents of 512
+    ],
+)
+def test_meshes_split_widths_in_equal_parts(name, axes, across):
+    cfg, _ = built(name)
+    assert {axis: getattr(cfg.mesh, axis) for axis in axes} == axes and cfg.mesh.across_slices == across
+    layout = sharding.abstract_layout(cfg.mesh, int(name.rpartition("x")[2]), "gpu")
+    model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
+    layout.parameter_shardings(model.shapes(), model.axes())
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_preset_is_the_published_model(name):
+    """The keys of config.json that change what it computes, as the converter reads them, older spellings too."""
+    found = families.of_config(HUB[name], "here").config(HUB[name], "here")
+    assert function_of(found) == function_of(load(name).model)
 
 
 def test_every_size_of_a_family_is_in_the_table():

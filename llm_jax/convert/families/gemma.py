@@ -52,6 +52,7 @@ def read_later(
     activation = ("hidden_activation", TANH_GELU)
     found = read_every_gemma(keys, kv_heads=4, max_length=max_length, activation=activation, rope=rope)
     layers, window = found["num_layers"], keys.take("sliding_window", 4096)
+    keys.only("sliding_window_size", None, window, reason="sliding_window is read, and says something else")
     default = [TYPES["window" if (layer + 1) % full_every else "full"] for layer in range(layers)]
     scalar, head_dim = keys.take("query_pre_attn_scalar", 256), found["head_dim"]
     return found | window_keys(read_words(keys, layers, window, default), window) | {

@@ -153,6 +153,7 @@ def read_smollm3(keys: Keys) -> dict[str, Any]:
         rotating = [int((layer + 1) % interval != 0) for layer in range(layers)]
     if len(rotating) < layers:
         raise keys.refuse("no_rope_layers", rotating, f"it has a number for each of the {layers} layers")
+    keys.ignore("max_window_layers")  # not read there
     window = keys.take("sliding_window", None)
     window = window if keys.take("use_sliding_window", False) else None
     default = ["full_attention" if rotates or not window else "sliding_attention" for rotates in rotating[:layers]]
