@@ -162,7 +162,7 @@ def add_predict(commands: "Commands") -> None:
     predict = commands.add("predict", predict_command, "write the labels and scores of new records", overrides=True)
     predict.add_argument("--workdir", metavar="FOLDER", required=True, help="the run's folder")
     predict.add_argument("--input", metavar="FILE", required=True,
-                         help="jsonl, csv, tsv or parquet with the columns that the run read; labels are not needed")  # fmt: skip
+                         help="jsonl, csv, tsv or parquet with the run's columns; no labels needed")  # fmt: skip
     predict.add_argument("--output", metavar="FILE", default="-", help="one JSON object a record (default: the output)")
     predict.add_argument("--batch_size", type=int, default=0, metavar="N", help="records (default: as in evaluation)")
     predict.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the run's latest or best)")
@@ -484,8 +484,8 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def with_pretrained(cfg: Config) -> Config:
-    """`cfg` with the model and tokenizer of the hub's checkpoint that it starts from, if it does."""
-    if not cfg.checkpoint.init_from.startswith("hf:"):
+    """`cfg` with the model and tokenizer of what it starts from, where it takes them over."""
+    if not cfg.checkpoint.init_from.startswith("hf:") and (cfg.data.task == "language" or not cfg.checkpoint.init_from):
         return cfg
     from llm_jax.training import pretrained
 

@@ -104,7 +104,7 @@ def test_doctor_fails_where_nothing_can_be_written(tmp_path):
     [
         (["trian"], ["no command trian", "did you mean train?"]),
         (["data", "prepar"], ["llm-jax data has no command prepar", "did you mean prepare?"]),
-        (["zzz"], ["the commands are train, evaluate, generate, export, convert, data, doctor"]),
+        (["zzz"], ["the commands are train, evaluate, generate, predict, export, convert, plan, data, doctor"]),
         (["train", "--workdri=x", "--config=quickstart"], ["--workdri=x", "did you mean --workdir?"]),
         (["train", "--conf=quickstart"], ["--conf=quickstart", "did you mean --config or"]),
         (["train", "quickstart"], ["quickstart: llm-jax train has no such argument"]),

@@ -24,6 +24,8 @@ def variants() -> list[str]:
     """Every config, and once more with each argument that its docstring's commands give, as in "gpt2/124m:rotary"."""
     found = []
     for name in config_names():
+        if "/finetune" in name:  # these start from a checkpoint, which brings model and tokenizer: test_finetune.py
+            continue
         with open(find_config(name), encoding="utf-8") as file:
             text = file.read()
         found += [name, *dict.fromkeys(re.findall(rf"--config={re.escape(name)}:[\w-]+", text))]
@@ -36,6 +38,8 @@ SPECS = variants()
 SMALLER = {
     "model.num_layers": 2, "model.num_heads": 4, "model.max_length": 32, "data.sequence_length": 32,
     "data.tokenizer_vocab_size": 300, "eval.batches": 1, "eval.batch_size": 16,
+    "model.moe.num_experts": 8, "model.moe.top_k": 4, "model.moe.expert_dim": 32, "model.moe.shared_dim": 32,
+    "model.moe.dense_layers": 1, "model.moe.groups": 4, "model.moe.top_groups": 2,
     "model.vocab_size": 300, "train.accumulation": 2, "optim.warmup_steps": 1,
 }  # fmt: skip
 FIXED = {
@@ -57,8 +61,12 @@ def shrunk(spec: str, folder) -> list[str]:
     """Overrides that make a config small and give it data: text or tokens, as it asks for."""
     cfg = load(spec)
     changes = {key: size for key, size in SMALLER.items() if look_up(cfg, key) > size} | FIXED
+    if len(cfg.model.layer_pattern) > 2:
+        changes["model.num_layers"] = len(cfg.model.layer_pattern)
     if cfg.optim.schedule != "wsd":
         del changes["optim.cooldown_ratio"]
+    if cfg.data.masking.phases:
+        changes["data.masking.phases"] = "1=16"
     if cfg.model.num_kv_heads:
         changes["model.num_kv_heads"] = 2
     sources = [f"data.mixture.{name}" for name in cfg.data.mixture] or ["data"]

@@ -1,5 +1,7 @@
 """Every key of the config changes something: one table says where each shows (those of the model: test_decoder.py)."""
 
+import dataclasses
+import json
 import types
 
 import grain
@@ -13,16 +15,19 @@ from tiny import quick_compiler
 from llm_jax import cli, metrics
 from llm_jax.config import check, load
 from llm_jax.config.resolve import all_keys
-from llm_jax.data import loader, store
+from llm_jax.data import loader, questions, store, tasks, tokenizers
+from llm_jax.data.text_pieces import Pieces
 from llm_jax.errors import DataError, UserError
 from llm_jax.generation.generate import Row
 from llm_jax.generation.sampling import filtered
 from llm_jax.models import registry
+from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, abstract_layout, make_layout
 from llm_jax.training import checkpoint, optim, train
 from llm_jax.training import state as train_state
+from llm_jax.training.evaluate import Judge
 from llm_jax.training.step import make_train_step
 
 BASE = [
@@ -40,6 +45,14 @@ def folder(tmp_path_factory):
     (folder / "b.txt").write_text(STORY.upper() * 60)
     (folder / "records.jsonl").write_text("".join(JSONL % (f"story {i} " * 9, f"other {i} " * 9) for i in range(80)))
     (folder / "lines.txt").write_text("".join("x" * (1 + 5 * i % 13) + "\n" for i in range(300)))
+    story = "Ada has {} apples.\nBen gives her two more unhappily.\nNow she has so many more apples.\n\n"
+    (folder / "stories.txt").write_text("".join(story.format(number) for number in range(24)))
+    labelled = [
+        {"text": f"one text {i % 5}", "body": f"another {i} one", "third": "a third", "label": "xy"[i % 2], "tag": "uv"[i % 3 > 0],
+         "number": i % 2, "answers": {"text": ["another"], "answer_start": [0]}} for i in range(80)
+    ]  # fmt: skip
+    (folder / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
+    tokenizers.train_wordpiece([story, *(record["text"] + record["body"] for record in labelled)], 300).save(folder / "pieces")
     (folder / "bad.jsonl").write_text((JSONL % ("fine " * 9, "") * 80) + "{\n")
     return folder
 
@@ -59,12 +72,36 @@ def caches(cfg, folder):
 
 def stream(cfg, folder):
     """The first batches."""
-    with_stores = store.prepare(cfg.data)
+    with_stores = tasks.prepare(cfg.data)
     batches = loader.make_train(with_stores, cfg.data, cfg.train.global_batch_size, cfg.seed, Layout())
     try:
         return [{name: np.asarray(array).tolist() for name, array in next(batches).items()} for _ in range(6)]
     finally:
         batches.close()
+
+
+def answered(cfg, folder):
+    """The best answer of a window of twenty pieces, the first and the last of which are the likeliest ends."""
+    count = 20
+    scores = np.zeros((count, 2))
+    scores[0], scores[1, 0], scores[-1, 1] = -9, 3, 3
+    window = Pieces(*(np.zeros(count, np.int32),) * 2, np.ones(count, np.int32), *(np.zeros(count, np.int32),) * 2)
+    window = dataclasses.replace(window, spans=np.stack([np.arange(count), np.arange(count) + 1], 1))
+    return questions.best_answer([(scores, window)], "a" * count, cfg.data.answer_length)
+
+
+def similarities(cfg, folder):
+    """The loss of four texts and their pairs, whose embeddings are given."""
+    batch = next(loader.make_train(tasks.prepare(cfg.data), cfg.data, 4, cfg.seed, Layout()))
+    model = types.SimpleNamespace(apply=lambda *_, **__: jnp.cos(jnp.arange(8.0 * 3)).reshape(8, 1, 3))
+    return float(objectives.make(cfg).sums(model, None, batch, None)["loss"])
+
+
+def judged(cfg, folder):
+    """How long the best evaluation was ago, and whether that is enough."""
+    history = [{"eval/loss": loss, "eval/accuracy": loss} for loss in (3.0, 1.0, 2.0, 2.5)]
+    judge = Judge(cfg.eval, history)
+    return judge.waited, judge.has_enough
 
 
 def reading(cfg, folder):
@@ -252,6 +289,17 @@ EXPERTS = ("model.moe.num_experts=4",)
 STAGES = ("mesh.stage=2", "mesh.data=1", "mesh.fsdp=-1", "model.num_layers=4", "model.vocab_multiple=2",
           "train.global_batch_size=16")  # fmt: skip
 
+ENCODER = ("model.family=encoder",)
+MASKED = (*ENCODER, "data.task=masked", "model.head=masked_pairs", "data.path=PATH/stories.txt", "data.separator=\n\n",
+          "data.tokenizer=wordpiece", "data.tokenizer_vocab_size=300", "data.eos=lines")  # fmt: skip
+LABELLED = (*ENCODER, "data.task=classification", "model.head=text", "data.path=PATH/labels.jsonl",
+            "data.tokenizer=PATH/pieces/tokenizer.json")  # fmt: skip
+TOKENS = (*LABELLED, "model.head=token")
+QUESTIONS = (*TOKENS, "data.task=questions", "data.columns.pair=body", "data.columns.label=answers", "data.stride=1",
+             "data.sequence_length=10")  # fmt: skip
+SIMILARITY = (*LABELLED, "data.task=similarity", "model.head=embedding", "data.columns.pair=body", "data.columns.label=label")
+CHOICE = (*LABELLED, "data.task=choice", "data.columns.choices=body,third", "data.columns.label=number")
+
 # key: (observer, new value, what the base has besides)
 KEYS = {
     "name": (where, "other"),
@@ -275,6 +323,25 @@ KEYS = {
     "data.packing": (stream, "first_fit", *LINES),
     "data.long_documents": (stream, "drop", *FIT),
     "data.mask_documents": (stream, False, "data.separator=\n\n"),
+    "data.task": (stream, "multilabel", *LABELLED),
+    "data.masking.rate": (stream, 0.4, *MASKED),
+    "data.masking.max_predictions": (stream, 1, *MASKED),
+    "data.masking.whole_words": (stream, True, *MASKED),
+    "data.masking.redraw": (stream, False, *MASKED),
+    "data.masking.next_sentence": (stream, False, *MASKED),
+    "data.masking.short_rows": (stream, 0.9, *MASKED),
+    "data.masking.copies": (stream, 2, *MASKED),
+    "data.masking.phases": (stream, "2=8", *MASKED),
+    "data.columns.text": (stream, "body", *LABELLED),
+    "data.columns.pair": (stream, "body", *LABELLED),
+    "data.columns.label": (stream, "tag", *LABELLED),
+    "data.columns.choices": (stream, "third,body", *CHOICE),
+    "data.columns.negative": (stream, "third", *SIMILARITY),
+    "data.columns.names": (stream, "y,x", *LABELLED),
+    "data.buckets": (stream, "8", *LABELLED),
+    "data.pack_texts": (stream, True, *LABELLED),
+    "data.stride": (stream, 3, *QUESTIONS),
+    "data.answer_length": (answered, 25, *QUESTIONS),
     "data.shuffle": (stream, False),
     "data.validation_fraction": (stores, 0.2),
     "data.validation_split": (stores, "tail", "data.separator=\n\n"),
@@ -290,6 +357,7 @@ KEYS = {
     "train.accumulation": (program, 2),
     "train.z_loss": (program, 1e-3),
     "train.label_smoothing": (program, 0.1),
+    "train.temperature": (similarities, 1.0, *SIMILARITY),
     "train.loss_chunk": (program, 4),
     "train.max_bad_steps": None,  # e2e/test_kill.py: the run stops after as many
     "train.ema_decay": (program, 0.9),
@@ -305,6 +373,7 @@ KEYS = {
     "optim.beta1": (updates, 0.5),
     "optim.beta2": (updates, 0.5),
     "optim.eps": (updates, 0.1),
+    "optim.bias_correction": (updates, False),
     "optim.weight_decay": (updates, 1.0),
     "optim.decay_mask": (updates, "all"),
     "optim.clip_norm": (updates, 1e-3, "optim.name=sgd"),
@@ -335,12 +404,15 @@ KEYS = {
     "checkpoint.keep_latest": (kept, 4),
     "checkpoint.keep_best": (kept, 3),
     "checkpoint.keep_every": (kept, 4),
+    "checkpoint.use": None,  # test_finetune.py: evaluate and predict take the best
     "checkpoint.resume": (beginning, "must"),
     "checkpoint.resume_from": (beginning, "/nowhere"),
     "checkpoint.init_from": (beginning, "/nowhere"),
     "eval.every": (run, 4),
     "eval.batches": (evaluation, 1),
     "eval.batch_size": (evaluation, 4),
+    "eval.best": (judged, "accuracy"),
+    "eval.patience": (judged, 2),
     "eval.sampling": (evaluation, "random", "eval.batches=2"),
     "log.every": (run, 4),
     "log.trackers": (run, ""),
@@ -361,6 +433,9 @@ MORE = [  # other values of keys with several
     ("data.long_documents", (stream, "error", *FIT)),
     ("data.eos", (stores, "prepend", "data.separator=\n\n")),
     ("optim.name", (updates, "muon")),
+    ("optim.name", (updates, "lamb")),
+    ("data.pack_texts", (stream, True, *MASKED)),
+    ("data.eos", (stores, "lines", "data.tokenizer=wordpiece")),
     ("optim.name", (updates, "adafactor", "model.scan_layers=False")),
     ("optim.name", (updates, "sgd")),
     ("optim.schedule", (rates, "constant")),

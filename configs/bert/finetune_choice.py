@@ -6,8 +6,9 @@ Hardware   one GPU or TPU chip, about an hour
 Expected   SWAG with bert-base-uncased: accuracy 81.6 on the development set (Devlin et al. 2018, table 4)
 """
 
-from configs.bert.finetune import finetune
 from ml_collections import ConfigDict
+
+from configs.bert.finetune import finetune
 
 
 def get_config() -> ConfigDict:

@@ -2,9 +2,9 @@
 
 Command    llm-jax train --config=bert/finetune_classification --config.init_from=hf:PATH
            llm-jax predict --workdir=runs/bert_classification --input=new.jsonl --output=labels.jsonl
-Data       without more, the docstrings of Python's standard library of 40 characters and more, labelled with the area of
-           their module in the library's reference (concurrency, data, development, files, interface, network); whole
-           top-level modules are held out, a fifth of all texts or so. Your own, a jsonl, csv, tsv or parquet file:
+Data       without more, the docstrings of Python's standard library of 40 characters and more, labelled with the area
+           of their module in the library's reference (concurrency, data, development, files, interface, network);
+           whole top-level modules are held out, a fifth of all texts or so. Your own, a jsonl, csv, tsv or parquet file:
              --config.data.path=train.csv --config.data.validation_path=dev.csv
              --config.data.columns.text=sentence1 --config.data.columns.pair=sentence2 --config.data.columns.label=label
 Hardware   one GPU or TPU chip, minutes; two CPU cores: about 25 minutes for a model of 22 million parameters
@@ -34,8 +34,9 @@ The terms that people know, and the keys they become:
 More than one label a text: data.task=multilabel, with lists in the label's column. A number: data.task=regression.
 """
 
-from configs.bert.finetune import finetune
 from ml_collections import ConfigDict
+
+from configs.bert.finetune import finetune
 
 
 def get_config() -> ConfigDict:

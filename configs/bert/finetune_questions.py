@@ -7,8 +7,9 @@ Hardware   one GPU or TPU chip, about an hour
 Expected   SQuAD 1.1 with bert-base-uncased: F1 88.4 on the development set (google-research/bert, README)
 """
 
-from configs.bert.finetune import finetune
 from ml_collections import ConfigDict
+
+from configs.bert.finetune import finetune
 
 
 def get_config() -> ConfigDict:

@@ -8,8 +8,9 @@ Expected   all-MiniLM-L6-v2 was made so, from 1.17 billion pairs; its card has t
 Source     Reimers and Gurevych 2019, arXiv 1908.10084; Gao et al. 2021, arXiv 2104.08821, equation 5
 """
 
-from configs.bert.finetune import finetune
 from ml_collections import ConfigDict
+
+from configs.bert.finetune import finetune
 
 
 def get_config() -> ConfigDict:

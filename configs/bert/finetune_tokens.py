@@ -1,15 +1,16 @@
 """Fine-tuning a pre-trained encoder to label words: names, parts of speech.
 
 Command    llm-jax train --config=bert/finetune_tokens --config.init_from=hf:PATH --config.data.path=train.jsonl
-Data       jsonl or parquet with lists: {"words": ["Ada", "lives", "in", "Turin"], "tags": ["B-PER", "O", "O", "B-LOC"]}.
+Data       jsonl or parquet with lists: {"words": ["Ada", "lives", "in", "Rome"], "tags": ["B-PER", "O", "O", "B-LOC"]}.
            A word's first piece carries its label, and no loss is taken at the others. Entities are read from B-, I-, E-
            and S- as CoNLL's script does.
 Hardware   one GPU or TPU chip, minutes
 Expected   CoNLL-2003 with bert-base-cased: entity F1 on the test set 92.4 (Devlin et al. 2018, table 7)
 """
 
-from configs.bert.finetune import finetune
 from ml_collections import ConfigDict
+
+from configs.bert.finetune import finetune
 
 
 def get_config() -> ConfigDict:

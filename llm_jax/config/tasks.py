@@ -22,7 +22,7 @@ ONLY_WITH_TASK = (
 HEADS = {
     "masked": ("masked_pairs", "masked"), "replaced": ("replaced",), "classification": ("text",),
     "multilabel": ("text",), "regression": ("text",), "choice": ("text",), "tokens": ("token",),
-    "questions": ("token",), "similarity": ("embedding",),
+    "questions": ("token",), "similarity": ("embedding", "pooled"),
 }  # fmt: skip
 
 

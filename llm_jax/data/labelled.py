@@ -76,6 +76,7 @@ class LabelledStore:
     """Training and validation examples of a source, with what the loop knows of any store."""
 
     name: str
+    path: str  # of the records
     tokenizer: Tokenizer
     names: tuple[str, ...]  # of the labels, by id
     train: Examples
@@ -85,7 +86,11 @@ class LabelledStore:
     @property
     def manifest(self) -> dict[str, Any]:
         sides = {"train": self.train} | ({"validation": self.validation} if self.validation else {})
-        return {"splits": {side: examples.counts for side, examples in sides.items()}, "yardsticks": {}}
+        return {
+            "splits": {side: examples.counts for side, examples in sides.items()},
+            "source": {"path": self.path},
+            "yardsticks": {},
+        }
 
 
 # ------------------------------------------------------------------------------------------------ preparing
@@ -114,7 +119,9 @@ def prepare(cfg: DataConfig) -> LabelledStore:
                         f"{len(training)} records; raise it, give data.validation_path, or set it to 0.")  # fmt: skip
     names = label_names(cfg, training)
     encode = Encoder(cfg, tokenizer, names)
-    return LabelledStore(name, tokenizer, names, encode(training), encode(validation) if validation else None)
+    return LabelledStore(
+        name, source.path, tokenizer, names, encode(training), encode(validation) if validation else None
+    )
 
 
 def num_labels(cfg: DataConfig, names: Sequence[str]) -> int:

@@ -161,21 +161,18 @@ class LabelledStream:
 def evaluation_batches(
     rows: LabelledRows, batch_size: int, local_rows: Callable[[int], np.ndarray], batches: int = 0
 ) -> Iterator[Rows]:
-    """All rows of a split once, those of like length together; the last batch is filled up with padding.
+    """Rows of a split once, those of like length together; the last batch is filled up with padding.
 
     Args:
       local_rows: from a number of rows to those that this process supplies.
-      batches: the first so many; 0: all.
+      batches: only those of the first so many batches in the split's own order; 0: all.
     """
-    order = np.argsort(rows.filled, kind="stable")
+    count = min(batches * batch_size, len(rows)) if batches else len(rows)
+    order = np.argsort(rows.filled[:count], kind="stable")
     mine = local_rows(batch_size * rows.texts_a_record)
     which, sample = np.divmod(mine, batch_size)
-    for number, first in enumerate(range(0, len(rows), batch_size)):
-        if batches and number >= batches:
-            return
+    for first in range(0, count, batch_size):
         numbers = np.full(batch_size, len(rows))
         here = order[first : first + batch_size]
         numbers[: len(here)] = here
         yield rows.batch(numbers[sample], which, rows.bucket(numbers))
-
-

@@ -7,13 +7,14 @@ import numpy as np
 from llm_jax.config.schema import DataConfig
 from llm_jax.data import questions
 from llm_jax.data.labelled import UNLABELLED, Examples, texts_a_record
+from llm_jax.data.text_pieces import Pieces
 from llm_jax.metrics import scores
 
 Batch = dict[str, np.ndarray]
 
 
-def by_text(batches: list[Batch], examples: Examples, of_tokens: bool) -> list[np.ndarray]:
-    """The scores of each text, in the order of the examples.
+def by_text(batches: list[Batch], examples: Examples, of_tokens: bool) -> dict[int, np.ndarray]:
+    """The scores of each text that has some, by its number, ascending.
 
     Args:
       batches: "scores" (B, S, L) of texts or (B, T, L) of tokens, "text_ids" and "starts" (B, S).
@@ -28,21 +29,23 @@ def by_text(batches: list[Batch], examples: Examples, of_tokens: bool) -> list[n
             text, start = int(batch["text_ids"][row, slot]), int(batch["starts"][row, slot])
             one = batch["scores"][row]
             found[text] = one[start : start + lengths[text]] if of_tokens else one[slot]
-    return [found[text] for text in range(len(examples)) if text in found]
+    return dict(sorted(found.items()))
 
 
 def measures(cfg: DataConfig, names: tuple[str, ...], examples: Examples, batches: list[Batch]) -> dict[str, float]:
-    """The task's figures besides loss and accuracy. Empty where not every text was scored (eval.batches)."""
+    """The task's figures besides loss and accuracy, over the texts that were scored."""
     per_text = by_text(batches, examples, cfg.task in ("tokens", "questions"))
-    if len(per_text) < len(examples):
+    if not per_text:
         return {}
+    texts = np.array(list(per_text))
     match cfg.task:
         case "classification":
-            return scores.classification(examples.labels, np.stack(per_text).argmax(-1), len(names))
+            found = np.stack(list(per_text.values())).argmax(-1)
+            return scores.classification(examples.labels[texts], found, len(names))
         case "multilabel":
-            return scores.multilabel(examples.labels, np.stack(per_text) > 0)
+            return scores.multilabel(examples.labels[texts], np.stack(list(per_text.values())) > 0)
         case "regression":
-            found, truth = np.stack(per_text)[:, 0], examples.labels[:, 0]
+            found, truth = np.stack(list(per_text.values()))[:, 0], examples.labels[texts, 0]
             return {"pearson": scores.pearson(found, truth), "spearman": scores.spearman(found, truth)}
         case "tokens":
             return scores.entity_f1(*token_names(names, examples, per_text))
@@ -52,11 +55,11 @@ def measures(cfg: DataConfig, names: tuple[str, ...], examples: Examples, batche
 
 
 def token_names(
-    names: tuple[str, ...], examples: Examples, per_text: list[np.ndarray]
+    names: tuple[str, ...], examples: Examples, per_text: dict[int, np.ndarray]
 ) -> tuple[list[list[str]], list[list[str]]]:
     """The true and the predicted labels of each text's words."""
     truth, found = [], []
-    for text, logits in enumerate(per_text):
+    for text, logits in per_text.items():
         labels = examples.labels[examples.offsets[text] : examples.offsets[text + 1]]
         words = labels != UNLABELLED
         truth.append([names[label] for label in labels[words]])
@@ -64,19 +67,30 @@ def token_names(
     return truth, found
 
 
-def answer_measures(cfg: DataConfig, examples: Examples, per_text: list[np.ndarray]) -> dict[str, float]:
-    found = answers(cfg, examples, per_text)
-    truths = [[text for _, text in questions.answers_of(record, cfg.columns)] for record in examples.records]
-    pairs = [(one["answer"], truth) for one, truth in zip(found, truths, strict=True)]
+def answer_measures(cfg: DataConfig, examples: Examples, per_text: dict[int, np.ndarray]) -> dict[str, float]:
+    """Over the questions all of whose windows were scored."""
+    windows = np.bincount(examples.record, minlength=len(examples.records))
+    scored = np.bincount(examples.record[list(per_text)], minlength=len(examples.records))
+    pairs = []
+    for record, found in answers(cfg, examples, per_text).items():
+        if scored[record] == windows[record]:
+            truths = [text for _, text in questions.answers_of(examples.records[record], cfg.columns)]
+            pairs.append((found["answer"], truths))
+    if not pairs:
+        return {}
     return {
         "exact_match": float(np.mean([questions.exact_match(*pair) for pair in pairs])),
         "f1": float(np.mean([questions.overlap_f1(*pair) for pair in pairs])),
     }
 
 
-def answers(cfg: DataConfig, examples: Examples, per_text: list[np.ndarray]) -> list[dict[str, Any]]:
-    contexts = [record.text(cfg.columns.pair) for record in examples.records]
-    return questions.answers_by_record(per_text, examples.pieces, examples.record, contexts, cfg.answer_length)
+def answers(cfg: DataConfig, examples: Examples, per_text: dict[int, np.ndarray]) -> dict[int, dict[str, Any]]:
+    """The best answer of each record that has scored windows."""
+    by_record: dict[int, list[tuple[np.ndarray, Pieces]]] = {}
+    for text, logits in per_text.items():
+        by_record.setdefault(int(examples.record[text]), []).append((logits, examples.pieces[text]))
+    context = lambda record: examples.records[record].text(cfg.columns.pair)  # noqa: E731
+    return {r: questions.best_answer(windows, context(r), cfg.answer_length) for r, windows in by_record.items()}
 
 
 def predictions(
@@ -94,10 +108,11 @@ def predictions(
     """
     per_text = by_text(batches, examples, cfg.task in ("tokens", "questions"))
     if cfg.task == "questions":
-        return answers(cfg, examples, per_text)
+        return list(answers(cfg, examples, per_text).values())
     if cfg.task == "tokens":
-        return [word_labels(names, *each) for each in zip(per_text, examples.pieces, strict=True)]
-    grouped = np.stack(per_text).reshape(-1, texts_a_record(cfg), per_text[0].shape[-1])
+        return [word_labels(names, logits, examples.pieces[text]) for text, logits in per_text.items()]
+    stacked = np.stack(list(per_text.values()))
+    grouped = stacked.reshape(-1, texts_a_record(cfg), stacked.shape[-1])
     return [one_prediction(cfg.task, names, logits.astype(np.float64)) for logits in grouped]
 
 

@@ -86,26 +86,17 @@ def best_span(scores: np.ndarray, window: Pieces, longest: int) -> tuple[float, 
     return float(total[first, last]), int(window.spans[inside[first], 0]), int(window.spans[inside[last], 1])
 
 
-def answers_by_record(
-    scores: Sequence[np.ndarray], texts: Sequence[Pieces], owner: np.ndarray, contexts: Sequence[str], longest: int
-) -> list[dict[str, Any]]:
-    """{"answer", "score", "start", "end"} of each record: the best span over its windows.
+def best_answer(windows: Sequence[tuple[np.ndarray, Pieces]], context: str, longest: int) -> dict[str, Any]:
+    """{"answer", "score", "start", "end"}: the best span over a question's windows, each (pieces, 2) logits and pieces.
 
     "score" is the span's logits less those of no answer, which are the lowest over the windows (one that holds the
     answer denies that there is none); the answer is "" where it is not above 0.
     """
-    best: list[tuple[float, int, int]] = [(-np.inf, 0, 0)] * len(contexts)
-    none = np.full(len(contexts), np.inf)
-    for window_scores, window, record in zip(scores, texts, owner.tolist(), strict=True):
-        best[record] = max(best[record], best_span(window_scores, window, longest))
-        none[record] = min(none[record], float(window_scores[0].sum()))
-    found = []
-    for (total, start, end), nowhere, context in zip(best, none.tolist(), contexts, strict=True):
-        score = total - nowhere
-        answer = context[start:end] if score > 0 else ""
-        found.append({"answer": answer, "score": score, "start": start, "end": end} if answer else
-                     {"answer": "", "score": score, "start": None, "end": None})  # fmt: skip
-    return found
+    total, start, end = max(best_span(scores, window, longest) for scores, window in windows)
+    score = total - min(float(scores[0].sum()) for scores, _ in windows)
+    if score <= 0:
+        return {"answer": "", "score": score, "start": None, "end": None}
+    return {"answer": context[start:end], "score": score, "start": start, "end": end}
 
 
 # ---------------------------------------------------------------------------------- SQuAD's two figures

@@ -56,9 +56,7 @@ class Record:
         return value
 
 
-def read_table(
-    source: SourceConfig, validation: bool = False, meter: Meter = lambda count: None
-) -> Iterator[Record]:
+def read_table(source: SourceConfig, validation: bool = False, meter: Meter = lambda count: None) -> Iterator[Record]:
     """The records of a source's files, in a fixed order; `meter` is told the bytes that are read.
 
     Raises:

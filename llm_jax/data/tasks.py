@@ -1,8 +1,8 @@
 """What a run learns (data.task): which store its records are prepared into, and which stream of rows they become.
 
-    language                        tokens in a row, each predicting the next        store, packing, mixture
-    masked, replaced                texts and pairs with hidden or exchanged tokens  store, sentence_pairs, masking
-    classification and the like     labelled texts                                   labelled, labelled_rows
+language                        tokens in a row, each predicting the next        store, packing, mixture
+masked, replaced                texts and pairs with hidden or exchanged tokens  store, sentence_pairs, masking
+classification and the like     labelled texts                                   labelled, labelled_rows
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -100,7 +100,7 @@ def entities(labels: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_f1(truth: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """"precision", "recall" and "f1" of whole entities over all texts: kind and both ends must be right."""
+    """ "precision", "recall" and "f1" of whole entities over all texts: kind and both ends must be right."""
     right = predicted = actual = 0
     for one, other in zip(truth, found, strict=True):
         true, guessed = entities(one), entities(other)

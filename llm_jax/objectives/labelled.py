@@ -1,12 +1,12 @@
 """The losses of labelled tasks, with the scores of each text for whoever measures or predicts.
 
-    classification  cross-entropy of the label                                     model method text_logits
-    multilabel      mean binary cross-entropy over the labels                      text_logits
-    regression      squared error                                                  text_logits
-    choice          cross-entropy over the texts of a record                       text_logits
-    tokens          cross-entropy at the pieces with a label                       token_logits
-    questions       mean of two cross-entropies over a text's pieces               token_logits
-    similarity      cross-entropy of a text's own pair among all of the batch      embeddings
+classification  cross-entropy of the label                                     model method text_logits
+multilabel      mean binary cross-entropy over the labels                      text_logits
+regression      squared error                                                  text_logits
+choice          cross-entropy over the texts of a record                       text_logits
+tokens          cross-entropy at the pieces with a label                       token_logits
+questions       mean of two cross-entropies over a text's pieces               token_logits
+similarity      cross-entropy of a text's own pair among all of the batch      embeddings
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ class MaskedObjective:
         }  # fmt: skip
 
     def results(self, totals: dict[str, float]) -> dict[str, float]:
-        """"loss" and "accuracy" of the hidden tokens and, where there are pairs, of the pairs; and their numbers."""
+        """ "loss" and "accuracy" of the hidden tokens and, where there are pairs, of the pairs; and their numbers."""
         masked, pairs = max(totals["masked"], 1e-9), max(totals["pairs"], 1e-9)
         found = {name: totals[name] / masked for name in ("loss", "accuracy")} | {"tokens": totals["masked"]}
         if self.pairs:

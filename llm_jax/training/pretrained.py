@@ -22,14 +22,15 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
-from llm_jax.training import convert
+from llm_jax.training import convert, restore
 from llm_jax.training.heads import origins
 
 HUB = "hf:"
 
 
 def adopt(cfg: Config) -> Config:
-    """`cfg` with the model and the tokenizer of the checkpoint that `checkpoint.init_from=hf:...` names.
+    """`cfg` with the model and the tokenizer of what `checkpoint.init_from` names: a checkpoint of the hub ("hf:PATH")
+    or, of an encoder, another run.
 
     Keys of `model` that differ from their defaults stay as they are, such as dropout; the head is that of the task.
 
@@ -37,18 +38,22 @@ def adopt(cfg: Config) -> Config:
       UserError: there is no such checkpoint, or it cannot be said here.
       ConfigError: the tokenizer that the config names is another model's.
     """
-    if not cfg.checkpoint.init_from.startswith(HUB):
+    name = cfg.checkpoint.init_from
+    if name.startswith(HUB):
+        folder = hub.folder_of(name.removeprefix(HUB), None)
+        theirs = source.open_folder(folder).cfg
+    elif name and cfg.data.task in HEADS:
+        theirs, folder = restore.read_config(name).model, Path(name) / "tokenizer"
+    else:
         return cfg
-    folder = hub.folder_of(cfg.checkpoint.init_from.removeprefix(HUB), None)
-    theirs = source.open_folder(folder).cfg
     untouched = cfg.model == DecoderConfig()
     if not untouched and cfg.model.family != theirs.family:
         raise ConfigError(
-            f"model.family = {cfg.model.family!r}: the checkpoint in {folder} is of the family {theirs.family}; leave "
-            "the model out of the config, and it is taken from there"
+            f"model.family = {cfg.model.family!r}: {name} is of the family {theirs.family}; leave the model out of the "
+            "config, and it is taken from there"
         )
     changes = {} if untouched else changed(cfg.model)
-    if cfg.data.task in HEADS and "head" not in changes:
+    if cfg.data.task in HEADS:
         fitting = HEADS[cfg.data.task]
         plain = cfg.data.task == "masked" and not cfg.data.masking.next_sentence
         changes["head"] = fitting[-1] if plain else fitting[0]
@@ -103,7 +108,7 @@ def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
     """
     found = source.open_folder(hub.folder_of(name.removeprefix(HUB), None))
     tensors = found.tensors()
-    theirs = registry.build(found.cfg, Layout(), Precision.make(cfg.precision))
+    theirs = registry.build(under_their_head(cfg.model, found.cfg), Layout(), Precision.make(cfg.precision))
     moves = convert.moves_of(found.family, found.cfg.vocab_size, theirs, tensors)
     source.check_names(found, tensors, moves)
     shapes = convert.by_path(theirs.shapes())
@@ -121,6 +126,12 @@ def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
                 room[: len(values)] = values  # what fills a padded vocabulary up stays zero
     params = merged(params, {path: arrays[origin] for path, origin in sources.items()})
     return params, told(name, sources, fresh, sorted(set(shapes) - wanted))
+
+
+def under_their_head(ours: Any, theirs: Any) -> Any:
+    """Our model as it would be with the checkpoint's own head, and without adapters: stacked and padded as ours is."""
+    heads = {name: getattr(theirs, name) for name in ("head", "head_form", "num_labels") if hasattr(theirs, name)}
+    return dataclasses.replace(ours, lora=type(ours.lora)(), **heads)
 
 
 def merged(params: Any, arrays: Mapping[str, Any]) -> Any:

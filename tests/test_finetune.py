@@ -1,0 +1,195 @@
+"""From pre-training to labels: one's own head over another run's trunk, the best checkpoint, early ends, predict."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import quick_compiler
+
+import llm_jax
+from llm_jax import cli, config
+from llm_jax.config import EvalConfig
+from llm_jax.errors import ConfigError, DataError
+from llm_jax.metrics import read_jsonl
+from llm_jax.training import checkpoint, restore, train
+from llm_jax.training.evaluate import Judge
+from llm_jax.training.heads import origins
+
+SMALL = dict(
+    family="encoder", num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16, max_length=24, scan_layers=False,
+    head_dropout=0.0,
+)  # fmt: skip
+WORDS = ["cat", "dog", "bird", "park", "mat", "tree", "sky", "red", "blue", "green", "one", "two"]
+
+
+def stories(count, seed=0):
+    rng = np.random.default_rng(seed)
+    line = lambda: " ".join(rng.choice(WORDS, rng.integers(3, 8)))  # noqa: E731
+    return "\n\n".join("\n".join(line() for _ in range(4)) for _ in range(count)) + "\n"
+
+
+def labelled(count, seed=0):
+    """The label is whether there is a "cat" in the text."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(3, 8))) for _ in range(count)]
+    return [{"text": text, "label": "with" if "cat" in text else "without"} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a run of masked pre-training, of four steps."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    (folder / "text.txt").write_text(stories(60))
+    cfg = config.from_dict(
+        dict(
+            model=SMALL | dict(head="masked_pairs"),
+            data=dict(
+                task="masked", path=str(folder / "text.txt"), separator="\n\n", tokenizer="wordpiece",
+                tokenizer_vocab_size=300, eos="lines", sequence_length=24, masking=dict(phases=["2=16"]),
+            ),
+            train=dict(steps=4, global_batch_size=8),
+            eval=dict(every=2), checkpoint=dict(every=0), log=dict(trackers=[], every=2), generate=dict(max_tokens=0),
+        )
+    )  # fmt: skip
+    config.check(cfg)
+    with quick_compiler():
+        train.train(cfg, str(folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    with quick_compiler():
+        return llm_jax.finetune(
+            str(pretrained), labelled(64), labelled(24, seed=1), output_dir=str(folder), num_train_epochs=3,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1, learning_rate=1e-2, max_length=16,
+            overrides=["log.trackers=", "eval.every=8", "eval.best=accuracy", "data.buckets=8", "log.every=4"],
+        )  # fmt: skip
+
+
+def test_pretraining_tells_both_losses(pretrained):
+    records = read_jsonl(pretrained / "metrics.jsonl")
+    last = [record for record in records if "eval/loss" in record][-1]
+    assert {"eval/accuracy", "eval/pair_loss", "eval/pair_accuracy"} <= last.keys()
+    step = next(record for record in records if "pair_loss" in record)
+    assert 4 < step["loss"] < 8 and 0.3 < step["pair_loss"] < 2
+    assert checkpoint.steps(pretrained) == [4]
+
+
+def test_the_trunk_comes_from_the_other_run_and_the_head_is_fresh(pretrained, tuned):
+    said = tuned.cfg.checkpoint.init_from
+    assert said == str(pretrained) and tuned.cfg.model.head == "text" and tuned.cfg.model.num_labels == 2
+    ours = {
+        "stack/w": np.zeros((2, 3)),
+        "labels/pooler/linear/kernel": np.zeros((3, 3)),
+        "labels/classifier/w": np.zeros(2),
+    }
+    theirs = {"stack/w": np.zeros((2, 3)), "pairs/pooler/linear/kernel": np.zeros((3, 3)), "masked/bias": np.zeros(4)}
+    assert origins(ours, theirs, "there") == {
+        "stack/w": "stack/w", "labels/pooler/linear/kernel": "pairs/pooler/linear/kernel"
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"stack/w is \[2, 3\] here, and the one there has it as \[2, 4\]"):
+        origins(ours, theirs | {"stack/w": np.zeros((2, 4))}, "there")
+
+
+def test_the_best_checkpoint_is_the_one_that_is_used(tuned):
+    records = [record for record in read_jsonl(f"{tuned.workdir}/metrics.jsonl") if "eval/accuracy" in record]
+    best = max(records, key=lambda record: record["eval/accuracy"])
+    assert checkpoint.best_step(tuned.workdir) == best["step"]
+    with quick_compiler():
+        found = tuned.evaluate()
+    assert found["step"] == best["step"]
+    assert found["eval/accuracy"] == pytest.approx(best["eval/accuracy"])
+    assert found["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-4)
+    assert best["eval/accuracy"] >= 0.6
+
+
+def test_predictions_in_memory_and_from_a_file_agree(tuned, tmp_path, capsys):
+    records = labelled(11, seed=2)
+    with quick_compiler():
+        found = tuned.predict([record["text"] for record in records])
+    assert len(found) == 11 and {one["label"] for one in found} <= {"with", "without"}
+    path = tmp_path / "new.csv"
+    path.write_text("text\n" + "".join(record["text"] + "\n" for record in records))
+    with quick_compiler():
+        code = cli.main(
+            ["predict", f"--workdir={tuned.workdir}", f"--input={path}", f"--output={tmp_path / 'out.jsonl'}",
+             "--batch_size=5"]
+        )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 12))
+    for line, one in zip(lines, found, strict=True):
+        assert line["label"] == one["label"] and line["score"] == pytest.approx(one["score"], abs=1e-4)
+
+
+def test_a_bad_row_of_the_input_is_named_and_nothing_half_is_left(tuned, tmp_path, capsys):
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"text": "a cat"}\n{"text": ""}\n')
+    with quick_compiler():
+        code = cli.main(["predict", f"--workdir={tuned.workdir}", f"--input={path}", f"--output={tmp_path / 'out'}"])
+    error = capsys.readouterr().err
+    assert code == 2 and f"{path}, row 2, column 'text': the text is empty" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_is_for_labels(pretrained, tmp_path, capsys):
+    (tmp_path / "new.jsonl").write_text('{"text": "a cat"}\n')
+    code = cli.main(["predict", f"--workdir={pretrained}", f"--input={tmp_path / 'new.jsonl'}"])
+    assert code == 2 and "predict gives labels, and this run's data.task is 'masked'" in capsys.readouterr().err
+
+
+def test_another_models_tokenizer_is_refused(pretrained, tmp_path):
+    from llm_jax.data.tokenizers import train_wordpiece
+
+    train_wordpiece(["other words altogether"] * 30, 300).save(tmp_path)
+    with pytest.raises(ConfigError, match="it is not the tokenizer of the checkpoint"):
+        llm_jax.finetune(
+            str(pretrained), labelled(8), output_dir=str(tmp_path / "run"),
+            overrides=[f"data.tokenizer={tmp_path}/tokenizer.json"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "best, figures, waited",
+    [("loss", [3, 2, 2.5, 2.1], 2), ("accuracy", [0.5, 0.7, 0.6, 0.8], 0), ("accuracy", [0.9, 0.7, 0.6, 0.8], 3)],
+)
+def test_how_long_the_best_was_ago(best, figures, waited):
+    history = [{"step": 1, "loss": 1.0}, *({f"eval/{best}": value} for value in figures[:2])]
+    judge = Judge(EvalConfig(best=best, patience=3), history)  # as a run that goes on
+    for value in figures[2:]:
+        judge.add({f"eval/{best}": value})
+    assert judge.waited == waited and judge.has_enough == (waited >= 3)
+
+
+def test_a_figure_that_there_is_not():
+    with pytest.raises(ConfigError, match="eval.best = 'f2': the evaluation has no such figure; it has loss, f1"):
+        Judge(EvalConfig(best="f2"), []).add({"eval/loss": 1.0, "eval/f1": 0.5})
+
+
+def test_a_run_ends_early_where_nothing_gets_better(pretrained, tmp_path):
+    """A learning rate of nearly nothing: the second evaluation is no better than the first."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(record) + "\n" for record in labelled(48)))
+    with quick_compiler():
+        run = llm_jax.finetune(
+            str(pretrained), str(rows), output_dir=str(tmp_path / "run"), num_train_epochs=20, learning_rate=1e-9,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1, max_length=16,
+            overrides=["log.trackers=", "eval.every=2", "eval.best=accuracy", "eval.patience=2", "data.buckets="],
+        )  # fmt: skip
+        steps = [record["step"] for record in read_jsonl(f"{run.workdir}/metrics.jsonl") if "loss" in record]
+        assert max(steps) == 6  # the first evaluation, and two more
+        train.train(run.cfg, run.workdir)  # and it does not begin again
+    assert max(record["step"] for record in read_jsonl(f"{run.workdir}/metrics.jsonl")) == 6
+    assert restore.read_config(run.workdir).eval.patience == 2
+
+
+@pytest.mark.parametrize("name", [name for name in config.config_names() if "/finetune" in name])
+def test_the_recipes_lack_nothing_but_a_checkpoint(name):
+    cfg = config.load(name)
+    with pytest.raises(ConfigError, match="checkpoint.init_from=hf:PATH, which brings it along"):
+        config.check(cfg)
+    config.check(config.override(cfg, ["data.tokenizer=tokenizer.json"]))
+    short = config.load(name, ["init_from=hf:somewhere"])
+    assert short.checkpoint.init_from == "hf:somewhere" and short.checkpoint.use == "best"
