@@ -14,6 +14,7 @@ from llm_jax.config.schema import (
     TOKEN_FORMATS,
     Config,
     DataConfig,
+    EncoderConfig,
     LatentConfig,
     LoraConfig,
     MoEConfig,
@@ -40,8 +41,8 @@ ONLY_WITH = (
     ("model.rope.beta_slow", "model.rope.scaling", ("yarn",)),
     ("model.rope.truncate", "model.rope.scaling", ("yarn",)),
     ("model.rope.attention_factor", "model.rope.scaling", ("yarn",)),
-    ("model.relative_buckets", "model.positions", ("relative",)),
-    ("model.relative_max_distance", "model.positions", ("relative",)),
+    ("model.relative_buckets", "model.positions", ("relative", "disentangled")),
+    ("model.relative_max_distance", "model.positions", ("relative", "disentangled")),
     ("model.init_std", "model.init", ("normal",)),
     ("optim.decay_steps", "optim.schedule", ("cosine", "linear", "wsd")),
     ("optim.cooldown_ratio", "optim.schedule", ("wsd",)),
@@ -146,6 +147,8 @@ def check_model(model: TransformerConfig) -> None:
             f"give one of {', '.join(map(str, divisors(model.num_heads)))}",
         )
     check_positions(model)
+    if isinstance(model, EncoderConfig):
+        check_encoder(model)
     check_pattern(model)
     check_latent(model)
     check_experts(model)
@@ -165,6 +168,47 @@ def check_model(model: TransformerConfig) -> None:
             "model.vocab_multiple is 1, so nothing is padded",
             "set model.vocab_multiple, or leave this False",
         )
+
+
+def check_encoder(model: EncoderConfig) -> None:
+    """What an encoder has no form of, and keys that its head or positions do not read."""
+    default = EncoderConfig()
+    for key, value, needed, reason in (
+        ("moe.num_experts", model.moe.num_experts, 0, "an encoder's objectives have no terms for routing"),
+        ("latent.kv_rank", model.latent.kv_rank, 0, "latent attention is a decoder's"),
+        ("sliding_window", model.sliding_window % 2, 0, "half of an encoder's window lies on each side of a token"),
+    ):
+        if value != needed:
+            raise refuse(f"model.{key}", value if key != "sliding_window" else model.sliding_window, reason,
+                         "give an even number" if key == "sliding_window" else f"set it to {needed}")  # fmt: skip
+    labelled = ("text", "token")
+    for key, other, needed in (
+        ("num_labels", "head", labelled),
+        ("head_dropout", "head", labelled),
+        ("head_form", "head", (*labelled, "pooled")),
+        ("head_pooling", "head", ("text", "pooled")),
+        ("tie_embeddings", "head", ("masked", "masked_pairs")),
+        ("first_position", "positions", ("learned",)),
+    ):
+        value, condition = getattr(model, key), getattr(model, other)
+        if value != getattr(default, key) and condition not in needed:
+            reason = f"it is read only with model.{other} = {' or '.join(needed)}, and that is {condition!r}"
+            raise refuse(f"model.{key}", value, reason, "change that, or leave this key out")
+    if model.positions == "disentangled":
+        check_disentangled(model)
+
+
+def check_disentangled(model: EncoderConfig) -> None:
+    for key, needed in (("num_kv_heads", (0, model.num_heads)), ("attention_scale", (0.0,)), ("qk_norm", ("none",))):
+        value = getattr(model, key)
+        if value not in needed:
+            reason = "model.positions = 'disentangled' adds scores of positions by the same projections"
+            raise refuse(f"model.{key}", value, reason, f"set {key}={needed[0]}")
+    buckets = model.relative_buckets
+    if buckets % 4 or model.relative_max_distance <= buckets // 4 + 1:
+        reason = f"a quarter of the buckets is exact on each side, up to model.relative_max_distance = "
+        reason += str(model.relative_max_distance)
+        raise refuse("model.relative_buckets", buckets, reason, "give a multiple of 4, and a larger distance")
 
 
 def check_pattern(model: TransformerConfig) -> None:

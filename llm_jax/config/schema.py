@@ -190,6 +190,7 @@ class EncoderConfig(TransformerConfig):
     positions: str = one_of("learned", "rotary", "sinusoidal", "relative", "disentangled", "none")  # DeBERTa's
     max_length: int = at_least(1, 512)
     residual_init_scale: bool = False
+    first_position: int = at_least(0, 0)  # learned positions: what a text's first token has (RoBERTa: 2)
     token_types: int = at_least(0, 2)  # learned vectors that tell the texts of a pair apart; 0: none
     embedding_dim: int = at_least(0, 0)  # of tokens, positions and types, which are projected (ELECTRA); 0: embed_dim
     embedding_norm: bool = True  # of their sum; with norm_placement=pre it is the first attention's (ModernBERT)

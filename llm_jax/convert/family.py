@@ -1,13 +1,15 @@
 """What a family of models is to the converter: a name, two functions between configs, and a table of rules."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from llm_jax.config import DecoderConfig, DropoutConfig, MoEConfig, RopeConfig, from_dict
+from llm_jax.config import DecoderConfig, DropoutConfig, EncoderConfig, MoEConfig, RopeConfig, TransformerConfig, from_dict
 from llm_jax.config.checks import check_model
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Rule, matches
+from llm_jax.models.attention import query_dim
 from llm_jax.models.kinds import layer_words
 from llm_jax.errors import ConfigError, UserError
 
@@ -26,20 +28,32 @@ class Family:
       prefix: of names, left out by checkpoints of the model without its head.
       no_parameters: patterns of tensors that hold none.
       embedding, head: their names; a tied head may be stored too.
+      tied: (copy, original) of more tensors that may be stored twice.
+      model: the kind of config that it describes.
+      bare_prefix: of names, had by some checkpoints of a model without its head.
+      needs: tensors that tell this form of the architecture from another, without `prefix` or `bare_prefix`.
+      wide: patterns of tensors that are parameters in float32 here, whatever the others are.
+      other_heads: patterns of tensors that belong to heads other than the architecture's: they are left out.
     """
 
     title: str
     architecture: str
     model_type: str
     read: Callable[[Keys], dict[str, Any]]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    rules: Callable[[DecoderConfig, Collection[str]], Sequence[Rule]]
+    write: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any, Collection[str]], Sequence[Rule]]
     prefix: str = "model."
     no_parameters: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
+    tied: tuple[tuple[str, str], ...] = ()
+    model: type[TransformerConfig] = DecoderConfig
+    bare_prefix: str = ""
+    needs: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
 
-    def config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
+    def config(self, values: Mapping[str, Any], where: str) -> TransformerConfig:
         """The model that a config.json describes. Raises ConfigError: a key or value that cannot be said here."""
         keys = Keys(values, where)
         found = self.read(keys)
@@ -51,13 +65,15 @@ class Family:
             raise ConfigError(f"{where} describes a model that cannot be built: {error}") from None
         return cfg
 
-    def hf_config(self, cfg: DecoderConfig) -> dict[str, Any]:
+    def hf_config(self, cfg: TransformerConfig) -> dict[str, Any]:
         """The config.json of a model. Raises UserError where this family cannot say it: it is read back to see."""
         written = {"architectures": [self.architecture], "model_type": self.model_type} | self.write(cfg)
         try:
             back = self.config(written, "config.json")
         except ConfigError as error:
             raise UserError(f"{self.architecture} cannot say this model: {error}") from None
+        if type(cfg) is not type(back):
+            raise UserError(f"{self.architecture} cannot say this model: it is no {cfg.family}")
         ours, theirs = function_of(cfg), function_of(back)
         for field in dataclasses.fields(ours):
             mine, said = getattr(ours, field.name), getattr(theirs, field.name)
@@ -72,7 +88,7 @@ class Family:
         return matches(name, self.no_parameters)
 
 
-def function_of(cfg: DecoderConfig) -> DecoderConfig:
+def function_of(cfg: TransformerConfig) -> TransformerConfig:
     """The config with everything at its default that does not change what the trained model computes."""
     rope, moe = cfg.rope, cfg.moe
     vocab = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
@@ -81,6 +97,8 @@ def function_of(cfg: DecoderConfig) -> DecoderConfig:
     if rope.scaling == "none":
         rope = RopeConfig(base=rope.base, fraction=rope.fraction)
     head_dim, mlp_dim = cfg.head_dim or cfg.embed_dim // cfg.num_heads, cfg.mlp_dim or 4 * cfg.embed_dim
+    attention_scale = 0.0 if math.isclose(cfg.attention_scale, query_dim(cfg) ** -0.5) else cfg.attention_scale
+    window_rope = 0.0 if rope.scaling == "none" and cfg.window_rope_base == rope.base else cfg.window_rope_base
     latent, default = cfg.latent, MoEConfig()
     if latent.kv_rank:
         latent = dataclasses.replace(latent, value_dim=latent.value_dim or head_dim)
@@ -90,8 +108,10 @@ def function_of(cfg: DecoderConfig) -> DecoderConfig:
         mlp_dim = mlp_dim if moe.dense_layers else moe.expert_dim
     else:
         moe = default
-    plain = DecoderConfig()
+    plain = type(cfg)()
     training = ("init", "init_std", "residual_init_scale", "scan_layers", "remat", "remat_save", "attention_kernel")
+    if isinstance(cfg, EncoderConfig):
+        cfg = head_function(cfg)
     return dataclasses.replace(
         cfg,
         vocab_size=vocab if cfg.padded_vocab_in_softmax else cfg.vocab_size,
@@ -102,8 +122,22 @@ def function_of(cfg: DecoderConfig) -> DecoderConfig:
         mlp_dim=mlp_dim,
         layer_pattern=layer_words(cfg),
         rope=rope,
+        window_rope_base=window_rope,
+        attention_scale=attention_scale,
         latent=latent,
         moe=moe,
         dropout=DropoutConfig(),
         **{name: getattr(plain, name) for name in training},
     )
+
+
+def head_function(cfg: EncoderConfig) -> EncoderConfig:
+    """The keys of the head that its kind does not read at their defaults, and an embedding of the usual width."""
+    default = EncoderConfig()
+    unread = ["head_dropout"]
+    unread += [] if cfg.head in ("text", "token") else ["num_labels"]
+    unread += [] if cfg.head in ("text", "token", "pooled") else ["head_form"]
+    unread += [] if cfg.head in ("text", "pooled") else ["head_pooling"]
+    unread += [] if cfg.head in ("masked", "masked_pairs") else ["tie_embeddings"]
+    width = 0 if cfg.embedding_dim == cfg.embed_dim else cfg.embedding_dim
+    return dataclasses.replace(cfg, embedding_dim=width, **{name: getattr(default, name) for name in unread})

@@ -14,6 +14,7 @@ from llm_jax.config import TransformerConfig
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
+from llm_jax.models.disentangled import TERMS, disentangled_bias
 from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
 from llm_jax.models.positions import rotate
@@ -89,7 +90,7 @@ def attention_request(
         segments=segments,
         window=kind.window,
         two_sided_window=kind.window and cfg.family == "encoder",
-        bias=cfg.positions == "relative",
+        bias=cfg.positions in ("relative", "disentangled"),
         dropout=dropout,
         softcap=cfg.attention_softcap,
         sinks=cfg.attention_sinks,
@@ -121,6 +122,7 @@ class Shared:
       angles: rotary cosine and sine, (B, T, 1, R / 2) each, or None.
       window_angles: those of windowed layers, where they differ; else None.
       bias: (1 or B, N, T, S) added to the scores, or None.
+      relative: vectors of relative positions (R, D), and the one that each pair of tokens has (T, S); or None.
     """
 
     mask: AttentionMask
@@ -128,6 +130,7 @@ class Shared:
     angles: tuple[jax.Array, jax.Array] | None = None
     window_angles: tuple[jax.Array, jax.Array] | None = None
     bias: jax.Array | None = None
+    relative: tuple[jax.Array, jax.Array] | None = None
 
     def seen_by(self, kind: LayerKind, window: int) -> "Shared":
         """What a layer of this kind reads: its own mask and angles, or none."""
@@ -167,14 +170,20 @@ class Attention(nn.Module):
         shared = shared.seen_by(self.kind, cfg.sliding_window)
         mask, angles = shared.mask, shared.angles
         drop = drop_probabilities(cfg, self.layout, dropout_key, shared.rows, "kv_heads")
-        query = self._heads("query", x, heads, "heads")
-        key = self._heads("key", x, kv_heads, "kv_heads")
-        value = self._heads("value", x, kv_heads, "kv_heads")
+        to_query = self._heads("query", heads, "heads")
+        to_key = self._heads("key", kv_heads, "kv_heads")
+        query, key, value = to_query(x), to_key(x), self._heads("value", kv_heads, "kv_heads")(x)
         query, key = self._normed("query_norm", query), self._normed("key_norm", key)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         if cfg.attention_scale:  # kernels divide by sqrt(size)
             query = query * (cfg.attention_scale * math.sqrt(size))
+        bias = shared.bias
+        if shared.relative is not None:
+            vectors, bucket = shared.relative
+            positions = (to_query(vectors), to_key(vectors))
+            bias = disentangled_bias(query, key, *positions, bucket, self.layout)
+            query = query * TERMS**-0.5
         query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
         if cache_length:
             new = {"cached_key": key, "cached_value": value}
@@ -187,15 +196,15 @@ class Attention(nn.Module):
         if not self.is_initializing():  # that is on one row of one token, which no mesh splits
             attend = attend_with(cfg, self.layout, self.kind, query, mask, drop=drop, cached=bool(cache_length))
         out = attend(
-            query, key, value, mask, softcap=cfg.attention_softcap, bias=shared.bias, dropout=drop, sinks=sinks
+            query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=drop, sinks=sinks
         )
 
         out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
         out = out.reshape(*x.shape[:-1], heads * size)
         return output_projection(cfg, self.layout, self.precision)(out)
 
-    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
-        """Project (B, T, D) to (B, T, heads, H)."""
+    def _heads(self, name: str, heads: int, axis: str) -> Callable[[jax.Array], jax.Array]:
+        """The projection of (B, T, D) to (B, T, heads, H), and of (R, D) to (R, heads, H)."""
         size = head_dim(self.cfg)
         project = Linear(
             heads * size,
@@ -206,7 +215,12 @@ class Attention(nn.Module):
             use_bias=self.cfg.bias in ("all", "attention", "qkv"),
             name=name,
         )
-        return self.layout(project(x).reshape(*x.shape[:-1], heads, size), "batch", "length", axis, "head_dim")
+
+        def split(x: jax.Array) -> jax.Array:
+            rows = ("batch", "length") if x.ndim == 3 else (None,)
+            return self.layout(project(x).reshape(*x.shape[:-1], heads, size), *rows, axis, "head_dim")
+
+        return split
 
     def _normed(self, name: str, x: jax.Array) -> jax.Array:
         """The queries or keys (B, T, heads, H), normalised as `qk_norm` says."""

@@ -11,6 +11,7 @@ from llm_jax.kernels.cross_entropy import cross_entropy
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.attention import Shared, rotary_dim
 from llm_jax.models.decoder import padded_vocab
+from llm_jax.models.disentangled import log_bucket
 from llm_jax.models.heads import Dense, LabelHead, MaskedHead, PairsHead, ReplacedHead
 from llm_jax.models.layers import Embedding, block_norm, dropout
 from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
@@ -43,7 +44,7 @@ class Encoder(nn.Module):
         width = cfg.embedding_dim or cfg.embed_dim
         self.embedding = self._table(padded_vocab(cfg), width, ("vocab", "embed"))
         if cfg.positions == "learned":
-            self.positions = self._table(cfg.max_length, width, ("position", "embed"))
+            self.positions = self._table(cfg.first_position + cfg.max_length, width, ("position", "embed"))
         if cfg.token_types:
             self.token_types = self._table(cfg.token_types, width, ("position", "embed"))
         if cfg.embedding_norm:
@@ -52,6 +53,9 @@ class Encoder(nn.Module):
             self.embedding_projection = Dense(*parts, cfg.embed_dim)
         if cfg.positions == "relative":
             self.relative_bias = self._table(cfg.relative_buckets, cfg.num_heads, ("buckets", "heads"))
+        if cfg.positions == "disentangled":
+            self.relative = self._table(cfg.relative_buckets, cfg.embed_dim, ("buckets", "embed"))
+            self.relative_norm = block_norm(cfg, self.precision)
         self.stack = Stack(*parts)
         if cfg.norm_placement != "post":
             self.final_norm = block_norm(cfg, self.precision)
@@ -59,7 +63,7 @@ class Encoder(nn.Module):
             self.masked = MaskedHead(*parts)
         if cfg.head == "masked_pairs":
             self.pairs = PairsHead(*parts)
-        if cfg.head in ("text", "token"):
+        if cfg.head in ("text", "token", "pooled"):
             self.labels = LabelHead(*parts)
         if cfg.head == "replaced":
             self.replaced = ReplacedHead(*parts)
@@ -127,7 +131,7 @@ class Encoder(nn.Module):
         rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of each text, (B, S, num_labels)."""
+        """Scores of each text, (B, S, num_labels); of a pooled head what a classifier would read, (B, S, D)."""
         x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
         x = self._mean(x, starts, segment_ids) if self.cfg.head_pooling == "mean" else self._at(x, starts)
         return self.labels(x, key, self._rows(x, rows))
@@ -214,8 +218,8 @@ class Encoder(nn.Module):
             types = self.token_types.first(1)[None]
             x = x + (types if none else self.token_types(jnp.minimum(token_types, cfg.token_types - 1)))
         if cfg.positions == "learned":  # no look-up where they stand in order, whose backward pass would scatter
-            none = positions is None
-            x = x + (self.positions.first(length)[None] if none else self.positions(positions))
+            none, first = positions is None, cfg.first_position
+            x = x + (self.positions.first(first + length)[None, first:] if none else self.positions(first + positions))
         if cfg.positions == "sinusoidal":
             places = jnp.arange(length)[None] if positions is None else positions
             x = x + sinusoid(places, x.shape[-1]).astype(x.dtype)
@@ -224,7 +228,7 @@ class Encoder(nn.Module):
     def _shared(self, mask: AttentionMask, rows: jax.Array, positions: jax.Array) -> Shared:
         """What all blocks read. `positions` (B, T)."""
         cfg = self.cfg
-        angles = window_angles = bias = None
+        angles = window_angles = bias = relative = None
         if cfg.positions == "rotary":
             angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions)
             if cfg.window_rope_base:
@@ -234,7 +238,10 @@ class Encoder(nn.Module):
             buckets = (cfg.relative_buckets, cfg.relative_max_distance)
             bucket = relative_bucket(mask.distance(), *buckets, causal=False)
             bias = at_least_float32(jnp.moveaxis(self.relative_bias(bucket), -1, 1))
-        return Shared(mask, rows, angles, window_angles, bias)
+        if cfg.positions == "disentangled":
+            vectors = self.relative_norm(self.relative.first(cfg.relative_buckets))
+            relative = vectors, log_bucket(mask.distance()[0], cfg.relative_buckets, cfg.relative_max_distance)
+        return Shared(mask, rows, angles, window_angles, bias, relative)
 
     # ------------------------------------------------------------------------------------------ the heads
 
@@ -245,7 +252,7 @@ class Encoder(nn.Module):
                 self._masked_logits(x)
                 if self.cfg.head == "masked_pairs":
                     self.pairs(x)
-            case "text" | "token":
+            case "text" | "token" | "pooled":
                 self.labels(x, None, self._rows(x, None))
             case "replaced":
                 self.replaced(x)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from llm_jax.config import TransformerConfig
+from llm_jax.config import EncoderConfig, TransformerConfig
 from llm_jax.models.attention import query_dim, value_dim
 from llm_jax.models.kinds import layer_kinds
 
@@ -17,7 +17,7 @@ STACKS = ("layers", "first_layers", "expert")  # axes along which matrices are s
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Model FLOPs of training on one token (forward plus twice that backward), attention counted causally.
+    """Model FLOPs of training on one token (forward plus twice that backward), a decoder's attention counted causally.
 
     Attributes:
       matrices: 6 a parameter that takes part in a product (linear layers and head; a tied table counts as the head; of
@@ -39,21 +39,25 @@ def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) 
     Args:
       shapes: the parameters, as ShapeDtypeStructs or arrays.
       axes: their logical axes.
-      length: T; a token sees (T + 1) / 2 keys on average, less under a sliding window. Borders of packed documents
-        are not subtracted.
+      length: T; a decoder's token sees (T + 1) / 2 keys on average, an encoder's T, less under a sliding window.
+        Borders of packed documents are not subtracted; an encoder's head counts as if all tokens were masked.
     """
     leaves = jax.tree.leaves(shapes)
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
-    tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads")}  # looked up, not multiplied
+    tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads"), ("buckets", "embed")}  # looked up
     matrices = sum(
         leaf.size * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
         for leaf, axis in zip(leaves, names, strict=True)
         if axis not in tables and sum(name not in STACKS for name in axis) >= 2
     )
-    if cfg.tie_embeddings:
+    if cfg.tie_embeddings and getattr(cfg, "head", "masked") in ("masked", "masked_pairs"):
         matrices += sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
     visible = 0.0  # keys, over all layers
     for kind in layer_kinds(cfg):
         window = min(cfg.sliding_window, length) if kind.window else length
-        visible += (window * (window + 1) / 2 + (length - window) * window) / length
+        if isinstance(cfg, EncoderConfig):  # half on each side, and itself
+            side = min(window // 2, length - 1) if kind.window else length - 1
+            visible += 1 + side * (2 * length - side - 1) / length
+        else:
+            visible += (window * (window + 1) / 2 + (length - window) * window) / length
     return Flops(6.0 * matrices, 6.0 * cfg.num_heads * (query_dim(cfg) + value_dim(cfg)) * visible)

@@ -111,7 +111,7 @@ class PairsHead(nn.Module):
 
 
 class LabelHead(nn.Module):
-    """Scores of texts or tokens: (B, P, D) to (B, P, num_labels), at least float32."""
+    """Scores of texts or tokens: (B, P, D) to (B, P, num_labels), at least float32; of a pooled head (B, P, D)."""
 
     cfg: EncoderConfig
     layout: Layout
@@ -126,10 +126,12 @@ class LabelHead(nn.Module):
         def drop(x: jax.Array, key: jax.Array | None) -> jax.Array:
             return dropout(x, cfg.head_dropout, key, rows, self.layout, "batch", None, "embed")
 
-        if cfg.head == "text" or form.tokens:
+        if cfg.head in ("text", "pooled") or form.tokens:
             x = drop(x, keys[0]) if form.dropout else x
             use_bias = not form.norm or cfg.bias == "all"
             x = Dense(*parts, cfg.embed_dim, form.activation, form.norm, use_bias, name="pooler")(x)
+        if cfg.head == "pooled":
+            return x
         return at_least_float32(Dense(*parts, cfg.num_labels, name="classifier")(drop(x, keys[1])))
 
 

@@ -165,7 +165,9 @@ class Stack(nn.Module):
         if not first:
             return self._stacked("blocks", kinds, x, keys, shared, cache_length)
         first_keys, keys = (None, None) if keys is None else (keys[:first], keys[first:])
-        x, _ = self._stacked("first_blocks", kinds[:first], x, first_keys, shared, cache_length)
+        x, routing = self._stacked("first_blocks", kinds[:first], x, first_keys, shared, cache_length)
+        if first == len(kinds):
+            return x, routing
         return self._stacked("blocks", kinds[first:], x, keys, shared, cache_length)
 
     def _each(
@@ -267,4 +269,5 @@ def has_rows(shared: Shared) -> Shared:
     found = jax.tree.map(lambda _: True, shared)
     indices = {name: getattr(mask, name).ndim == 2 for name in ("query_index", "key_index")}
     bias = None if shared.bias is None else len(shared.bias) == rows
-    return dataclasses.replace(found, mask=dataclasses.replace(found.mask, **indices), bias=bias)
+    relative = None if shared.relative is None else (False, False)
+    return dataclasses.replace(found, mask=dataclasses.replace(found.mask, **indices), bias=bias, relative=relative)

@@ -1,24 +1,29 @@
 """The end of a conversion: the logits of the source against those of what was written."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import LoraConfig
+from llm_jax.config import Config, EncoderConfig, LoraConfig
 from llm_jax.convert import reference
 from llm_jax.convert.peft import Adapter
 from llm_jax.convert.reference import Reference
+from llm_jax.convert.rules import matches
 from llm_jax.convert.safetensors import Tensor
 from llm_jax.convert.source import Source
-from llm_jax.errors import Unproven
+from llm_jax.errors import Unproven, UserError
 from llm_jax.models import lora, registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import restore
+from llm_jax.training import checkpoint, restore, streamed_check
 from llm_jax.training.arrays import by_path, nested
+from llm_jax.training.parameters import SavedParameters
 
 NOT_ASKED = reference.Missing("--no_check was given")
 EXACT = ("precision.compute=float32", "precision.products=native")
@@ -37,7 +42,8 @@ def of_import(
     """The run in `folder` against its source, and its adapter where it has one."""
     params = model.module.precision.params
     narrowed = merge and np.promote_types(params, np.float32) != params
-    narrowed |= any(np.promote_types(tensor.dtype, params) != params for tensor in tensors.values())
+    kept = [tensor.dtype for name, tensor in tensors.items() if not matches(name, found.family.wide)]
+    narrowed |= any(np.promote_types(dtype, params) != params for dtype in kept)
     theirs = reference.of_checkpoint(
         found.folder,
         registry.count_parameters(model.shapes()),
@@ -47,8 +53,26 @@ def of_import(
     )
     if isinstance(theirs, reference.Missing):
         return theirs
-    print(reference.compare(logits(restore.restore(str(folder), overrides=EXACT), theirs), theirs), flush=True)
+    print(reference.compare(of_run(str(folder), 0, theirs, streamed), theirs), flush=True)
     return None
+
+
+def of_run(workdir: str, step: int, theirs: Reference, streamed: bool | None) -> np.ndarray:
+    """Logits of a run's model, whole or layer by layer."""
+    if not streams(restore.read_config(workdir), counted(workdir), streamed):
+        return logits(restore.restore(workdir, step, EXACT), theirs)
+    cfg = restore.read_config(workdir)
+    with SavedParameters(checkpoint.folder_of(workdir, step), cfg) as saved:
+        return streamed_check.logits(cfg, saved.read, theirs)
+
+
+def streams(cfg: Config, parameters: int, asked: bool | None) -> bool:
+    """Whether the model is computed layer by layer: as asked, else where it is too large for the memory here."""
+    if cfg.model.family != "decoder":
+        if asked:
+            raise UserError(f"--check=streamed: a {cfg.model.family} is compared as a whole; leave it out")
+        return False
+    return streamed_check.is_needed(cfg, parameters) if asked is None else asked
 
 
 def of_export(
@@ -58,6 +82,14 @@ def of_export(
     theirs = reference.from_transformers(folder, counted(workdir))
     if isinstance(theirs, reference.Missing):
         return theirs
+    saved_as = restore.read_config(workdir)
+    if streams(saved_as, counted(workdir), streamed):
+        plain = dataclasses.replace(saved_as, model=dataclasses.replace(saved_as.model, lora=LoraConfig()))
+        with SavedParameters(checkpoint.folder_of(workdir, step), saved_as) as saved:
+            read = lambda path, index: saved.merged(path, index).astype(dtypes[path]).astype(np.float32)  # noqa: E731
+            ours = streamed_check.logits(plain, read, theirs)
+        print(reference.compare(ours, theirs), flush=True)
+        return None
     run = restore.restore(workdir, step, EXACT)
     cfg = dataclasses.replace(run.cfg, model=dataclasses.replace(run.cfg.model, lora=LoraConfig()))
     wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))  # noqa: E731
@@ -80,7 +112,7 @@ def of_adapter(
     theirs = reference.of_checkpoint(Path(base), counted(workdir), rounded, adapter=folder)
     if isinstance(theirs, reference.Missing):
         return theirs
-    print(reference.compare(logits(restore.restore(workdir, step, EXACT), theirs), theirs), flush=True)
+    print(reference.compare(of_run(workdir, step, theirs, streamed), theirs), flush=True)
     return None
 
 
@@ -95,16 +127,50 @@ def logits(run: restore.TrainedModel, theirs: Reference) -> np.ndarray:
     layout = run.model.module.layout
     rows, length = theirs.tokens.shape
     parts = layout.activation_pieces("length")
-    wide = -(-length // parts) * parts  # causal: what is behind the prompt changes nothing
+    wide = -(-length // parts) * parts  # what is behind the prompt is padding: nothing sees it
     padded = np.zeros((rows, wide), np.int32)
     padded[:, :length] = theirs.tokens
-    apply = jax.jit(lambda params, tokens: run.model.apply(params, tokens)[:, theirs.positions])
+    outputs = functools.partial(encoder_outputs if isinstance(run.cfg.model, EncoderConfig) else decoder_outputs, run)
+    apply = jax.jit(functools.partial(outputs, length=length, positions=theirs.positions))
     found = []
     with jax.default_matmul_precision("highest"):
         for row in padded:  # one prompt at a time, as often as the mesh splits the batch
             several = np.repeat(row[None], layout.batch_shards, axis=0)
             found.append(np.asarray(apply(run.params, several)[0]))
     return np.stack(found)[..., : theirs.logits.shape[-1]].astype(np.float64)
+
+
+def decoder_outputs(run: restore.TrainedModel, params: Any, tokens: Any, length: int, positions: np.ndarray) -> Any:
+    return run.model.apply(params, tokens)[:, positions]
+
+
+def encoder_outputs(run: restore.TrainedModel, params: Any, tokens: Any, length: int, positions: np.ndarray) -> Any:
+    """What `torch_reference.encoder_outputs` keeps: what the head makes of tokens, what it makes of the text behind."""
+    model, (rows, wide) = run.model, tokens.shape
+    segments = jnp.broadcast_to(jnp.asarray(np.arange(wide) < length, jnp.int32)[None], (rows, wide))
+    starts, places = jnp.zeros((rows, 1), jnp.int32), jnp.broadcast_to(jnp.asarray(positions)[None], (rows, len(positions)))
+    given = dict(segment_ids=segments)
+
+    def everywhere(of_text: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(of_text, (rows, len(positions), of_text.shape[-1]))
+
+    match model.cfg.head:
+        case "masked" | "masked_pairs":
+            logits = model.apply(params, tokens, places, **given, method="masked_logits")[..., : model.cfg.vocab_size]
+            if model.cfg.head == "masked":
+                return logits
+            *_, pairs = model.apply(params, tokens, places, places, **given, starts=starts, method="masked_losses")
+            return jnp.concatenate([logits, everywhere(pairs)], -1)
+        case "text":
+            return everywhere(model.apply(params, tokens, starts, **given, method="text_logits"))
+        case "token":
+            return model.apply(params, tokens, **given, method="token_logits")[:, positions]
+        case "replaced":
+            return model.apply(params, tokens, **given, method="replaced_logits")[:, positions, None]
+    hidden = model.apply(params, tokens, **given)[:, positions]
+    if model.cfg.head == "embedding":
+        return hidden
+    return jnp.concatenate([hidden, everywhere(model.apply(params, tokens, starts, **given, method="text_logits"))], -1)
 
 
 def say_unproven(missing: reference.Missing | None) -> None:

@@ -7,14 +7,19 @@ from typing import Any
 from llm_jax.config import TransformerConfig
 from llm_jax.config.values import did_you_mean
 from llm_jax.convert.families.bert import BERTS
+from llm_jax.convert.families.deberta import DEBERTAS
+from llm_jax.convert.families.distilbert import DISTILBERTS
+from llm_jax.convert.families.electra import ELECTRAS
 from llm_jax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llm_jax.convert.families.experts import MIXTRAL, QWEN3_MOE
 from llm_jax.convert.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llm_jax.convert.families.gpt2 import GPT2
 from llm_jax.convert.families.gpt_oss import GPT_OSS
 from llm_jax.convert.families.llama import LLAMA, MINISTRAL, MISTRAL, OLMO2, PHI3, SMOLLM3
+from llm_jax.convert.families.modernbert import MODERNBERTS
 from llm_jax.convert.families.neox import NEOX
 from llm_jax.convert.families.qwen import QWEN2, QWEN3
+from llm_jax.convert.families.roberta import ROBERTAS
 from llm_jax.convert.family import Family
 from llm_jax.errors import ConfigError, UserError
 
@@ -23,7 +28,8 @@ DECODERS = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, MIXTRAL, QWEN3_MOE, GPT2, MINISTRAL, SMOLLM3, OLMO2, GEMMA, GEMMA2, GEMMA3,
     NEOX, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS,
 )  # fmt: skip
-ALL: tuple[Family, ...] = (*DECODERS, *BERTS)
+ENCODERS = (*BERTS, *ROBERTAS, *DISTILBERTS, *ELECTRAS, *DEBERTAS, *MODERNBERTS)
+ALL: tuple[Family, ...] = (*DECODERS, *ENCODERS)
 FAMILIES: dict[str, Family] = {family.architecture: family for family in reversed(ALL)}  # of several forms the first
 FAMILIES = {family.architecture: FAMILIES[family.architecture] for family in ALL}
 

@@ -1,0 +1,50 @@
+"""Conversion of every encoder, both ways, against what transformers computed for the same tiny models."""
+
+import json
+
+import hub_encoders
+import hub_models
+import numpy as np
+import pytest
+from tiny import quick_compiler
+
+from llm_jax.convert import reference, torch_reference
+from llm_jax.errors import Unproven
+from llm_jax.training import convert
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with quick_compiler():
+        yield
+
+
+def put_reference(folder, name):
+    outputs = np.load(hub_encoders.OUTPUTS)[name]
+    positions = np.arange(hub_encoders.LENGTH, dtype=np.int32)
+    torch_reference.write(folder / reference.STORED, hub_encoders.tokens(), positions, outputs)
+
+
+def export(run, folder, **options):
+    with pytest.raises(Unproven):
+        convert.to_hub(str(run), str(folder), check=False, **options)
+    return hub_models.read(folder)
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("name", hub_encoders.CASES)
+def test_outputs_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, tmp_path, capsys):
+    source = hub_encoders.checkpoint(tmp_path / "source", name)
+    put_reference(source, name)
+    convert.from_hub(str(source), str(tmp_path / "run"))
+    assert "checked: largest difference" in capsys.readouterr().out
+    back = export(tmp_path / "run", tmp_path / "back")
+    assert_same_bits(back, hub_encoders.stored(name)[1])
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == hub_encoders.stored(name)[0]["architectures"]
