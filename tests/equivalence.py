@@ -157,6 +157,49 @@ def product() -> list[Cell]:
     return [Cell(*levels) for levels in itertools.product(*FACTORS.values())]
 
 
+# What the cells of a family have besides; the matrix's own experts are theirs, with a capacity by turns.
+FAMILIES = {
+    "gemma": (
+        "norm_placement=sandwich", "norm_scale=zero", "embedding_scale=True", "activation=geglu", "sliding_window=5",
+        "layer_pattern=window,full", "window_rope_base=100", "qk_norm=head", "attention_scale=0.3",
+        "attention_softcap=3.0", "logits_softcap=5.0",
+    ),
+    "olmo2": ("norm_placement=output", "qk_norm=all", "layer_pattern=full,full_without_positions", "bias=attention"),
+    "neox": (
+        "norm_placement=parallel", "norm=layernorm", "bias=all", "activation=gelu", "num_kv_heads=0", "head_dim=4",
+        "rope.fraction=0.5", "tie_embeddings=False",
+    ),
+    "deepseek": (
+        "num_kv_heads=0", "latent.kv_rank=8", "latent.query_rank=8", "latent.rope_dim=2", "latent.value_dim=3",
+        "moe.scores=sigmoid", "moe.groups=4", "moe.top_groups=2", "moe.top_k=3", "moe.scale=1.5", "moe.expert_dim=8",
+        "moe.shared_dim=16", "moe.dense_layers=1", "moe.balance_bias=True", "tie_embeddings=False",
+    ),
+    "gpt_oss": (
+        "sliding_window=5", "layer_pattern=window,full", "attention_sinks=True", "bias=all", "tie_embeddings=False",
+        "activation=clamped_swiglu", "moe.router_bias=True", "rope.scaling=yarn", "rope.factor=2",
+        "rope.original_length=8", "rope.truncate=False",
+    ),
+}  # fmt: skip
+# And in a pipeline: after the dense layer, or of both kinds, eight each. Three layers do not fill a pattern of two.
+LAYERS = {"gemma": (3, 16), "olmo2": (3, 16), "neox": (2, 8), "deepseek": (3, 9), "gpt_oss": (2, 16)}
+
+
+def of_family(name: str, *mesh: str, **levels: Any) -> Cell:
+    layers = LAYERS[name]["stage" in mesh]
+    changes = [f"model.{change}" for change in (f"num_layers={layers}", *FAMILIES[name])]
+    moe = "expert" in mesh or any(change.startswith("moe.") for change in FAMILIES[name])
+    return Cell(mesh, moe=moe, changes=tuple(changes), **levels)
+
+
+def family_cells(name: str) -> list[Cell]:
+    """One on each mesh, with the other levels by turns; a pipeline scans its layers."""
+    cells = []
+    for number, mesh in enumerate(mesh for mesh in MESHES if mesh != ("ring", "all_to_all")):
+        levels = dict(packed=number % 2 == 0, accumulation=(1, 4)[number // 2 % 2], chunked=number % 3 == 0)
+        cells.append(of_family(name, *mesh, scan="stage" in mesh or number % 5 != 0, **levels))
+    return cells
+
+
 def config(cell: Cell) -> Config:
     """The cell's run, passed by all checks that a run on its devices passes. Raises ConfigError where it is refused."""
     cfg = override(Config(), (*BASE, *cell.model(), *cell.form()))
@@ -204,15 +247,21 @@ def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.nd
 
 
 def unstacked(params: Any) -> Any:
-    """{"blocks": leaves (L, ...)} to {"block_0": ..., ...}."""
-    stack = params["stack"]["blocks"]
-    layers = range(len(jax.tree.leaves(stack)[0]))
-    return params | {"stack": {f"block_{i}": jax.tree.map(lambda p, i=i: p[i], stack) for i in layers}}
+    """{"blocks": leaves (L, ...)}, and "first_blocks" before them, to {"block_0": ..., ...}."""
+    layers = []
+    for stack in (params["stack"].get("first_blocks"), params["stack"]["blocks"]):
+        count = len(jax.tree.leaves(stack)[0]) if stack else 0
+        layers += [jax.tree.map(lambda p, i=i: p[i], stack) for i in range(count)]
+    return params | {"stack": {f"block_{i}": layer for i, layer in enumerate(layers)}}
 
 
 def stacked(params: Any) -> Any:
-    blocks = [params["stack"][f"block_{i}"] for i in range(len(params["stack"]))]
-    return params | {"stack": {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}}
+    layers = [params["stack"][f"block_{i}"] for i in range(len(params["stack"]))]
+    kinds = [jax.tree.structure(layer) for layer in layers]
+    first = sum(kind != kinds[-1] for kind in kinds)
+    parts = {"first_blocks": layers[:first], "blocks": layers[first:]}
+    stack = {name: jax.tree.map(lambda *leaves: np.stack(leaves), *part) for name, part in parts.items() if part}
+    return params | {"stack": stack}
 
 
 @functools.cache
@@ -283,11 +332,21 @@ def errors(found: Any, expected: Any) -> tuple[float, float, str]:
     (terms, grads), (true_terms, true_grads) = found, expected
     assert terms.keys() == true_terms.keys() and jax.tree.structure(grads) == jax.tree.structure(true_grads)
     loss_error = max(relative(terms[name], true_terms[name]) for name in terms)
-    total = norm(jax.tree.leaves(true_grads))
-    apart = jax.tree.map(lambda a, b: norm([a.astype(np.float64) - b]) / total, grads, true_grads)
+    named_grads = jax.tree_util.tree_leaves_with_path(true_grads)
+    # A balance bias is pulled by whole numbers, which are no slopes of the loss: they are measured by themselves.
+    total = norm([grad for path, grad in named_grads if not is_pulled(path)])
+    apart = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: norm([a.astype(np.float64) - b]) / (norm([b]) if is_pulled(path) else total),
+        grads,
+        true_grads,
+    )
     named = [(error, path_name(path)) for path, error in jax.tree_util.tree_leaves_with_path(apart)]
     error, name = max(named, key=lambda pair: (math.isnan(pair[0]), pair))
     return loss_error, error, name
+
+
+def is_pulled(path: Any) -> bool:
+    return path_name(path).endswith("balance_bias")
 
 
 def norm(arrays: list[np.ndarray]) -> float:

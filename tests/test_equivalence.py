@@ -15,11 +15,13 @@ import pytest
 from equivalence import (
     AXES,
     FACTORS,
+    FAMILIES,
     MESHES,
     Cell,
     Found,
     covering_array,
     errors,
+    family_cells,
     measure,
     one_device,
     pairs,
@@ -125,6 +127,31 @@ def changed(*mesh, changes=(), **levels):
 
 def of_model(name, *mesh, **levels):
     return changed(*mesh, changes=[f"model.{key}" for key in MODELS[name]], **levels)
+
+
+FAMILY_CELLS = {name: family_cells(name) for name in FAMILIES}
+FAMILIES_ALWAYS = {
+    "gemma": [("tensor", "ring"), ("fsdp", "stage")],
+    "olmo2": [("fsdp", "tensor")],
+    "neox": [("tensor", "stage")],
+    "deepseek": [("expert", "stage"), ("fsdp", "ring")],
+    "gpt_oss": [("tensor", "expert"), ("data", "stage")],
+}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, id=f"{name} on {' x '.join(cell.mesh)}",
+                  marks=[] if cell.mesh in FAMILIES_ALWAYS[name] else [pytest.mark.slow])
+     for name, cells in FAMILY_CELLS.items() for cell in cells],
+)  # fmt: skip
+def test_a_family_is_equal_to_one_device(cell):
+    found = measure(cell)
+    assert found.equal, found
+
+
+def test_no_family_is_refused_anywhere():
+    assert [refusal(cell) for cells in FAMILY_CELLS.values() for cell in cells if refusal(cell)] == []
 
 
 THREE_AXES = [
