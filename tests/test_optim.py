@@ -1,5 +1,6 @@
 """Schedules against formulas in float64, the optimizers against torch, numpy and optax, masks by role."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -305,7 +306,37 @@ def test_adafactor_equals_optax_on_single_tensors():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, params)
 
 
-@pytest.mark.parametrize(("name", "normalize"), [("sgd", False), ("sgd", True), ("adafactor", False), ("muon", False)])
+def test_adam_without_bias_correction_is_berts():
+    """google-research/bert optimization.py: m and v as they are, from zero, and decay beside them."""
+    cfg = OptimConfig(**PLAIN | dict(learning_rate=0.1, beta2=0.9, weight_decay=0.5, eps=1e-6, bias_correction=False))
+    p, m, v = np.float64(2.0), 0.0, 0.0
+    for g in (1.0, -3.0, 0.5):
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g * g
+        p = p - 0.1 * (m / (np.sqrt(v) + 1e-6) + 0.5 * p)
+    gradients = [{"w": np.full((1, 1), g, np.float32)} for g in (1.0, -3.0, 0.5)]
+    after = run(cfg, {"w": np.full((1, 1), 2.0, np.float32)}, {"w": ("embed", "mlp")}, gradients)
+    np.testing.assert_allclose(after["w"], [[p]], rtol=1e-6)
+
+
+def test_lamb_equals_optax_on_single_tensors():
+    """But for norms and biases, whose update is Adam's own, as in the authors' code."""
+    params, axes = {"w": wave(1, 6, 5), "b": wave(2, 5)}, {"w": ("embed", "mlp"), "b": ("mlp",)}
+    gradients = [{"w": wave(i, 6, 5), "b": wave(i, 5)} for i in (3, 4, 5)]
+    cfg = OptimConfig(**PLAIN | dict(name="lamb", learning_rate=0.1, beta2=0.999, eps=1e-6, weight_decay=0.01))
+    ours = run(cfg, params, axes, gradients)
+    tx = optax.lamb(0.1, eps=1e-6, weight_decay=0.01)
+    theirs, state = {"w": params["w"]}, tx.init({"w": params["w"]})
+    for gradient in gradients:
+        updates, state = tx.update({"w": gradient["w"]}, state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-5, atol=1e-6)
+    adam = run(dataclasses.replace(cfg, name="adamw"), params, axes, gradients)
+    np.testing.assert_allclose(ours["b"], adam["b"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "normalize"), [("sgd", False), ("sgd", True), ("adafactor", False), ("muon", False), ("lamb", False)]
+)
 def test_a_stack_of_layers_trains_as_its_layers_do(name, normalize):
     """Scanned or not, the same numbers: nothing is averaged or normalised across the layer axis."""
     cfg = OptimConfig(**PLAIN | dict(name=name, learning_rate=0.1, weight_decay=0.1, normalize_gradients=normalize))
@@ -475,3 +506,46 @@ def test_every_large_leaf_of_the_state_is_sharded(name, freeze):
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in params.items()}
     made = jax.jit(tx.init, out_shardings=found)(zeros)
     assert jax.tree.map(lambda x: x.sharding, made) == found
+
+
+# ------------------------------------------------------------------------------------------------ balance biases
+
+ROUTER = {"moe": {"balance_bias": np.zeros((2, 3), np.float32), "up": {"kernel": np.ones((2, 4, 4), np.float32)}}}
+ROUTER_AXES = {"moe": {"balance_bias": ("layers", "balance"), "up": {"kernel": ("layers", "embed", "mlp")}}}
+PULLS = ROUTER | {"moe": ROUTER["moe"] | {"balance_bias": np.float32([[300, 0, -300], [-1, 2, -1]])}}
+
+
+def updates_of(cfg, params=ROUTER, **options):
+    tx = optim.make(cfg, 10, shapes_of(params), ROUTER_AXES, **options)
+    return tx.update(PULLS, tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "lion"])
+def test_a_balance_bias_moves_by_its_rate_against_the_sign_alone(name):
+    """Whatever the optimizer, its rate, decay, clipping or normalisation; and the others as if it were not there."""
+    changes = dict(learning_rate=0.1, weight_decay=0.5, decay_mask="all", clip_norm=0.1, lr_multipliers=(".*=3.0",))
+    cfg = OptimConfig(name=name, **changes)
+    found = updates_of(cfg, balance_rate=0.01)
+    np.testing.assert_allclose(found["moe"]["balance_bias"], 0.01 * np.float32([[-1, 0, 1], [1, -1, 1]]))
+    del_bias = lambda tree: {"moe": {"up": tree["moe"]["up"]}}  # noqa: E731
+    tx = optim.make(cfg, 10, shapes_of(del_bias(ROUTER)), del_bias(ROUTER_AXES))
+    alone, _ = tx.update(del_bias(PULLS), tx.init(del_bias(ROUTER)), del_bias(ROUTER))
+    np.testing.assert_array_equal(found["moe"]["up"]["kernel"], alone["moe"]["up"]["kernel"])
+
+
+def test_a_frozen_balance_bias_stays_and_one_without_a_rate_is_an_error():
+    found = updates_of(OptimConfig(freeze=(".*balance_bias",)), balance_rate=0.01)
+    assert not found["moe"]["balance_bias"].any() and np.asarray(found["moe"]["up"]["kernel"]).all()
+    with pytest.raises(ValueError, match="make.* needs balance_rate"):
+        updates_of(OptimConfig())
+    with pytest.raises(ConfigError, match="names moe/balance_bias alone, which has no learning rate"):
+        updates_of(OptimConfig(lr_multipliers=(".*balance_bias=2.0",)), balance_rate=0.01)
+
+
+def test_a_balance_bias_is_not_in_the_norm():
+    counted = optim.counted_mask(None, ROUTER_AXES)
+    assert counted == {"moe": {"balance_bias": False, "up": {"kernel": True}}}
+    assert float(optim.global_norm(PULLS, counted)) == pytest.approx(32**0.5)
+    frozen = {"moe": {"balance_bias": True, "up": {"kernel": False}}}
+    assert jax.tree.leaves(optim.counted_mask(frozen, ROUTER_AXES)) == [False, False]
+    assert optim.counted_mask(None, {"w": ("embed", "mlp")}) is None
