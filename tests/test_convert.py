@@ -12,7 +12,7 @@ import pytest
 from tiny import quick_compiler
 
 from llm_jax.config import DecoderConfig, MoEConfig
-from llm_jax.convert import families, reference, torch_reference
+from llm_jax.convert import families, reference, rules, safetensors, torch_reference
 from llm_jax.errors import ConversionMismatch, Unproven, UserError
 from llm_jax.training import checkpoint, convert, mapping, restore, run_folder
 
@@ -105,6 +105,25 @@ def test_every_tensor_keeps_its_own_dtype(tmp_path):
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), arrays)
 
 
+def test_a_balance_bias_is_in_float32_in_a_model_of_bf16(tmp_path):
+    """As DeepSeek-V3's checkpoints are; the way back keeps both."""
+    config, arrays = hub_models.stored("DeepSeek-V3")
+    bf16 = np.dtype(ml_dtypes.bfloat16)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    wide = ".e_score_correction_bias"
+    mixed = {name: array if name.endswith(wide) else array.astype(bf16) for name, array in arrays.items()}
+    planned = [safetensors.Planned(name, array.dtype, array.shape) for name, array in mixed.items()]
+    safetensors.write_folder(source, planned, lambda tensor: mixed[tensor.name], largest=1 << 30)
+    unchecked(source, tmp_path / "run")
+    run = restore.restore(str(tmp_path / "run"))
+    assert run.cfg.precision.params == "bfloat16"
+    bias = run.params["stack"]["blocks"]["moe"]["balance_bias"]
+    assert bias.dtype == np.float32 and {str(x.dtype) for x in jax.tree.leaves(run.params)} == {"bfloat16", "float32"}
+    assert_same_bits(export(tmp_path / "run", tmp_path / "back"), mixed)
+
+
 def test_float16_is_held_by_float32_and_comes_back(tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", "Qwen 3", dtype="float16")
     unchecked(source, tmp_path / "run")
@@ -155,6 +174,17 @@ def fused(arrays):
         found[f"{place}.experts.gate_up_proj"] = np.concatenate([stacks["gate"], stacks["up"]], 1)
         found[f"{place}.experts.down_proj"] = stacks["down"]
     return found
+
+
+def test_query_key_and_value_dealt_out_head_by_head():
+    """GPT-NeoX's fused projection of two heads of two numbers."""
+    dealt = rules.Interleaved(-2, groups=2, parts=3)
+    theirs = np.arange(12)[:, None] + np.zeros(5)
+    query, key, value = dealt.to_ours([theirs])
+    assert (query[:, 0] == [0, 1, 6, 7]).all() and (key[:, 4] == [2, 3, 8, 9]).all()
+    assert (value[:, 1] == [4, 5, 10, 11]).all()
+    np.testing.assert_array_equal(dealt.to_theirs([query, key, value])[0], theirs)
+    assert dealt.their_shapes([(4, 5)] * 3) == [(12, 5)]
 
 
 def test_a_tied_head_that_is_stored_too_is_dropped_where_it_is_the_same(tmp_path):

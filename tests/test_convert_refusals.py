@@ -27,6 +27,7 @@ LLAMA, MISTRAL, QWEN2, MOE, MIXTRAL, PHI3, GPT2 = (
     "LLaMA 2", "Mistral with a window", "Qwen 2, tied", "Qwen 3 MoE", "Mixtral", "Phi-3", "GPT-2",
 )  # fmt: skip
 SMOLLM3, OLMO2, GEMMA, GEMMA2, GEMMA3, PYTHIA = "SmolLM3", "OLMo 2", "Gemma", "Gemma 2", "Gemma 3", "Pythia"
+V2, V3, OSS = "DeepSeek-V2 Lite", "DeepSeek-V3", "GPT-OSS"
 VALUES = [
     (LLAMA, {"rope_scale_factor": 2}, "rope_scale_factor = 2: this key is not known"),
     (LLAMA, {"hidden_act": "relu2"}, "hidden_act = 'relu2': our model can say silu"),
@@ -35,6 +36,7 @@ VALUES = [
     (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = .* only None can be converted"),
     (LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder = True: only False"),
     (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*dynamic"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters = .*'factor' is missing, and linear needs"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "beta": 1}}, "rope_parameters = .*beta has no meaning"),
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "the same rotary positions in every"),
     (
@@ -53,9 +55,9 @@ VALUES = [
     (MOE, {"layer_types": ["full_attention", "sliding_attention"]}, "has full_attention in every layer"),
     (MOE, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "max_window_layers = 1: the window is that of every"),
     (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2: our model has experts in every layer"),
-    (MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: our model has experts"),
+    (MOE, {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]: our model can have MLPs in place of experts in the first"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
-    (PHI3, {"rope_parameters": None, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
+    (PHI3, {"rope_parameters": None, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope.*longest row"),
     (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     (GPT2, {"activation_function": "silu"}, "activation_function = 'silu': our model can say gelu_new"),
     (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers = .*it has a number for each of the 3 layers"),
@@ -78,6 +80,21 @@ VALUES = [
     (PYTHIA, {"attention_bias": False}, "attention_bias = False: our model has no biases of MLPs and norms alone"),
     (PYTHIA, {"hidden_act": "gelu_fast"}, "hidden_act = 'gelu_fast': our model can say"),
     (PYTHIA, {"architectures": ["GPTNeoXForTokenClassification"]}, "GPTNeoXForTokenClassification.*can be converted"),
+    (V2, {"norm_topk_prob": True}, "norm_topk_prob = True: transformers' own V2 does not read it"),
+    (V2, {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc': our model can say greedy, group_limited_greedy"),
+    (V2, {"moe_layer_freq": 2}, "moe_layer_freq = 2: our model has experts in every layer after"),
+    (V2, {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05: the norms of the latents have 1e-6 there"),
+    (V2, {"num_key_value_heads": 1}, "num_key_value_heads = 1: latent attention has as many as queries"),
+    (V2, {"attention_bias": True}, "attention_bias = True: our latent attention has no biases"),
+    (V2, {"n_shared_experts": 0}, "n_shared_experts = 0: transformers' own model always has some"),
+    (V2, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .* only None can be converted"),
+    (V2, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "with yarn alone"),
+    (V3, {"rope_interleave": False}, "rope_interleave = False: we write and read rotary pairs as neighbours"),
+    (V3, {"scoring_func": "softmax"}, "scoring_func = 'softmax': transformers' own V3 scores by sigmoid"),
+    (V3, {"n_group": 4}, "describes a model that cannot be built: model.moe.groups = 4"),
+    (V3, {"quantization_config": {"quant_method": "awq"}}, "weights are read as they are, or as fp8"),
+    (OSS, {"swiglu_limit": 5.0}, "swiglu_limit = 5.0: our clamped SwiGLU ends at 7"),
+    (OSS, {"attention_bias": False}, "attention_bias = False: our model has biases in all layers or in none"),
 ]
 
 

@@ -110,23 +110,34 @@ def rope_of(keys: Keys, name: str, given: Mapping[str, Any], base: float, fracti
         "fraction": rest.pop("partial_rotary_factor", fraction),
     }
     kind = "/".join(sorted(kinds))
-    match kind:
-        case "default":
-            pass
-        case "linear":
-            rope |= {"scaling": "linear", "factor": rest.pop("factor")}
-        case "llama3":
-            rope |= {"scaling": "llama3", "factor": rest.pop("factor")}
-            rope |= {key: rest.pop(key) for key in ("low_freq_factor", "high_freq_factor")}
-            rope["original_length"] = rest.pop("original_max_position_embeddings")
-        case "yarn":
-            rope |= _read_yarn(keys, rest)
-        case _:
-            reason = "our model can scale by default, linear, llama3 and yarn"
-            raise keys.refuse(name, given, reason)
+    if kind in ("longrope", "su", "dynamic"):
+        reason = "its angles change with the longest row of a batch, and ours are the same in every batch"
+        raise keys.refuse(name, given, reason)
+    if kind not in SCALINGS:
+        raise keys.refuse(name, given, "our model can scale by default, linear, llama3 and yarn")
+    try:
+        rope |= SCALINGS[kind](keys, rest)
+    except KeyError as missing:
+        raise keys.refuse(name, given, f"{missing} is missing, and {kind} needs it") from None
     if rest:
         raise keys.refuse(name, given, f"{', '.join(rest)} has no meaning that our model knows with {kind}")
     return rope
+
+
+# Each takes its keys out of `rest`; KeyError: there is none of that name.
+
+
+def _read_default(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _read_linear(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
+    return {"scaling": "linear", "factor": rest.pop("factor")}
+
+
+def _read_llama3(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
+    found = {key: rest.pop(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    return found | {"scaling": "llama3", "original_length": rest.pop("original_max_position_embeddings")}
 
 
 def _read_yarn(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +154,9 @@ def _read_yarn(keys: Keys, rest: dict[str, Any]) -> dict[str, Any]:
         "beta_fast": float(rest.pop("beta_fast", 32.0)),
         "beta_slow": float(rest.pop("beta_slow", 1.0)),
     }
+
+
+SCALINGS = {"default": _read_default, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn}
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from llm_jax.config import DecoderConfig, MoEConfig
+from llm_jax.config import DecoderConfig, LatentConfig, MoEConfig
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
@@ -30,9 +30,18 @@ CONFIGS = {
         vocab_size=1000, num_layers=2, embed_dim=64, num_heads=8, positions="relative", norm_placement="post",
         activation="relu", bias="qkv",
     ),
+    "sandwich norms, layers of two kinds": DecoderConfig(
+        vocab_size=1000, num_layers=5, embed_dim=64, num_heads=8, num_kv_heads=2, mlp_dim=192, norm_scale="zero",
+        norm_placement="sandwich", qk_norm="all", bias="attention", sliding_window=8, layer_pattern=("window", "full"),
+    ),
     "experts, sinks": DecoderConfig(
         vocab_size=1000, num_layers=2, embed_dim=64, num_heads=8, num_kv_heads=2, mlp_dim=96, bias="all",
         attention_sinks=True, moe=MoEConfig(num_experts=4),
+    ),
+    "latent attention, all of routing": DecoderConfig(
+        vocab_size=1000, num_layers=3, embed_dim=64, num_heads=8, head_dim=8, mlp_dim=96,
+        latent=LatentConfig(kv_rank=16, query_rank=24, rope_dim=4, value_dim=6),
+        moe=MoEConfig(num_experts=4, expert_dim=32, shared_dim=48, dense_layers=1, router_bias=True, balance_bias=True),
     ),
 }  # fmt: skip
 
