@@ -1,4 +1,4 @@
-"""Gemma 2, 2B, 9B and 27B parameters: every other layer sees 4,096 tokens, norms round each part, scores and logits capped.
+"""Gemma 2, 2B, 9B and 27B parameters: a window in every other layer, norms round each part, capped scores.
 
 Command    llm-jax train --config=gemma2:2b:h100x64 --config.data.path='train_*.bin'
 Data       token files with Gemma's vocabulary (256,000 rows), held-out ones as data.validation_path; 2T, 8T, 13T tokens

@@ -1,7 +1,8 @@
-"""OLMo 2, 1B, 7B, 13B and 32B parameters: norms of what attention and MLP give, and of all query and key heads together.
+"""OLMo 2, 1B, 7B, 13B and 32B parameters: norms of what attention and MLP give, and of all heads together.
 
 Command    llm-jax train --config=olmo2:7b:h100x64 --config.data.path='train_*.bin'
-Data       token files with its vocabulary (100,278), held-out ones as data.validation_path; the text is open (OLMo-mix-1124)
+Data       token files with its vocabulary (100,278), held-out ones as data.validation_path; the text of OLMo-mix-1124
+           is open
 Hardware   any machine of configs/machines.py; it sets the mesh (launch/meshes.md)
 Expected   MMLU 63.7 (7B) and 67.5 (13B) were published, after a second stage on other data that is not in this recipe
 Source     Walsh et al. 2024, arXiv 2501.00656, section 3; config.json of OLMo-2-0425-1B, OLMo-2-1124-7B and -13B,

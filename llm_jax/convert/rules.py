@@ -227,7 +227,11 @@ def _parts(path: str, leaves: Mapping[str, Shape], covered: Mapping[str, int], m
 
 
 def _fill_in(
-    rule: Rule, cfg: TransformerConfig, leaves: Mapping[str, Shape], names: Mapping[str, tuple[str, ...]], vocab_size: int
+    rule: Rule,
+    cfg: TransformerConfig,
+    leaves: Mapping[str, Shape],
+    names: Mapping[str, tuple[str, ...]],
+    vocab_size: int,
 ) -> Iterator[Move]:
     text = " ".join(rule.theirs + rule.ours)
     layers = range(cfg.num_layers) if "{layer}" in text else (None,)
@@ -246,9 +250,7 @@ def _fill_in(
         raise ValueError(f"the family's table names {rule.ours}, and the model has no such parameters")
 
 
-def _place(
-    pattern: str, cfg: TransformerConfig, layer: int | None, expert: int | None
-) -> tuple[str, tuple[int, ...]]:
+def _place(pattern: str, cfg: TransformerConfig, layer: int | None, expert: int | None) -> tuple[str, tuple[int, ...]]:
     """The path of a parameter, and the index of this layer and expert of its first axes."""
     index = () if expert is None else (expert,)
     if layer is None:

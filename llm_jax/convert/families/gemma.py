@@ -1,5 +1,7 @@
-"""Gemma 1, 2 and 3 (text): norms times 1 + w, GELU gates, embeddings times sqrt(D); 2 and 3 with norms round each part of
-a block, windows by layer and a scale of the scores of their own."""
+"""Gemma 1, 2 and 3 (text): norms times 1 + w, GELU gates, embeddings times sqrt(D).
+
+2 and 3 have norms round each part of a block, windows by layer and their own scale of the scores.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -98,7 +100,9 @@ def read_both_ropes(keys: Keys) -> tuple[dict[str, Any], float]:
         return read_rope(keys, base=1e6), local_base
     keys.ignore("rope_theta", "rope_scaling")
     if not isinstance(groups, Mapping) or set(groups) - {"full_attention", "sliding_attention"}:
-        raise keys.refuse("rope_parameters", groups, "it holds a group for full_attention and one for sliding_attention")
+        raise keys.refuse(
+            "rope_parameters", groups, "it holds a group for full_attention and one for sliding_attention"
+        )
     full, local = (groups.get(name) or {} for name in ("full_attention", "sliding_attention"))
     rope = rope_of(keys, "rope_parameters", full, 1e6, 1.0)
     window_rope = rope_of(keys, "rope_parameters", local, local_base, 1.0)

@@ -1,5 +1,8 @@
-"""LLaMA and what is named like it: Mistral and Ministral (windows), SmolLM3 (layers without positions), OLMo 2 (norms of
-the outputs), Phi-3 (fused projections). RMSNorm, rotary, gated MLP."""
+"""LLaMA and what is named like it: RMSNorm, rotary, gated MLP.
+
+Mistral and Ministral have windows, SmolLM3 layers without positions, OLMo 2 norms of what a part gives, Phi-3 fused
+projections.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -125,7 +128,9 @@ def read_mistral(keys: Keys) -> dict[str, Any]:
     alike = "sliding_attention" if window else "full_attention"
     types = keys.take("layer_types", None) or []
     if set(types) - {alike}:
-        reason = f"transformers' own Mistral does not read it, and has {alike} in every layer; MinistralForCausalLM reads it"
+        reason = (
+            f"transformers' own Mistral does not read it, and has {alike} in every layer; MinistralForCausalLM reads it"
+        )
         raise keys.refuse("layer_types", types, reason)
     return found | {"sliding_window": window or 0}
 
@@ -160,7 +165,9 @@ def read_smollm3(keys: Keys) -> dict[str, Any]:
     words = read_words(keys, layers, window, default)
     for layer, word in enumerate(words):
         if not rotating[layer] and word == "window":
-            raise keys.refuse("no_rope_layers", rotating, f"layer {layer} has a window, and ours with one have positions")
+            raise keys.refuse(
+                "no_rope_layers", rotating, f"layer {layer} has a window, and ours with one have positions"
+            )
         words[layer] = word if rotating[layer] else "full_without_positions"
     return found | window_keys(words, window) | {"bias": read_biases(keys)}
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from llm_jax.config import DecoderConfig
-from llm_jax.convert.family import Family
 from llm_jax.convert.families.llama import (
     llama_rules,
     read_attention_bias,
@@ -11,6 +10,7 @@ from llm_jax.convert.families.llama import (
     write_attention_bias,
     write_common,
 )
+from llm_jax.convert.family import Family
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.windows import read_words, window_keys, write_windows
 from llm_jax.models.kinds import layer_words
