@@ -94,8 +94,8 @@ HUB = {
     "gemma:2b": dict(
         architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0, head_dim=256,
         hidden_act="gelu", hidden_size=2048, intermediate_size=16_384, max_position_embeddings=8192,
-        num_attention_heads=8, num_hidden_layers=18, num_key_value_heads=1, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10_000.0,
-        vocab_size=256_000,
+        num_attention_heads=8, num_hidden_layers=18, num_key_value_heads=1, rms_norm_eps=1e-6,
+        rope_scaling=None, rope_theta=10_000.0, vocab_size=256_000,
     ),
     "gemma2:27b": dict(
         architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0,
