@@ -4,8 +4,8 @@
 
 A checkpoint of random bf16 numbers is made (1.05 GB each for embedding and head, 0.44 GB a layer; 32 layers: 16 GB). In
 the same run it is copied file by file, which is what the disk can do at best, and converted to a run's folder; both
-are written through to the disk. Each conversion is a process of its own, whose largest resident size is told beside
-that of the same process before it opened the checkpoint. The logits are not compared.
+are written through to the disk; then the run is converted back. Each conversion is a process of its own, whose largest
+resident size is told beside that of the same process before it opened the checkpoint. The logits are not compared.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def copy(source: Path, to: Path) -> float:
     return time.monotonic() - began
 
 
-def convert(source: str, to: str) -> tuple[float, int, int]:
+def convert(source: str, to: str, *, back: bool) -> tuple[float, int, int]:
     """In a process of its own: seconds, and resident bytes before and at most."""
     from llm_jax.errors import Unproven
     from llm_jax.training import convert
@@ -78,7 +78,7 @@ def convert(source: str, to: str) -> tuple[float, int, int]:
     before = resident()
     began = time.monotonic()
     with contextlib.suppress(Unproven):
-        convert.from_hub(source, to, check=False)
+        (convert.to_hub if back else convert.from_hub)(source, to, check=False)
     seconds = time.monotonic() - began
     return seconds, before, peak()
 
@@ -114,21 +114,24 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
     copying = copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
     drop_cache(source)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        seconds, before, most = pool.submit(convert, str(source), str(folder / "run")).result()
-    return {
+    found = {
         "layers": layers,
         "source_GB": size / 1e9,
         "largest_tensor_GB": largest / 1e9,
         "copy_s": copying,
         "copy_GB_s": size / 1e9 / copying,
-        "convert_s": seconds,
-        "convert_GB_s": size / 1e9 / seconds,
-        "share_of_copying": copying / seconds,
-        "resident_before_GB": before / 1e9,
-        "resident_peak_GB": most / 1e9,
-        "extra_over_largest": (most - before) / largest,
     }
+    for name, ends in (("convert", (source, folder / "run")), ("back", (folder / "run", folder / "back"))):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            seconds, before, most = pool.submit(convert, *map(str, ends), back=name == "back").result()
+        found |= {
+            f"{name}_s": seconds,
+            f"{name}_share_of_copying": copying / seconds,
+            f"{name}_resident_before_GB": before / 1e9,
+            f"{name}_resident_peak_GB": most / 1e9,
+            f"{name}_extra_over_largest": (most - before) / largest,
+        }
+    return found
 
 
 def main() -> None:

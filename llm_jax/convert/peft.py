@@ -2,7 +2,8 @@
 
 A module X of the model, as "model.layers.0.self_attn.q_proj", has base_model.model.X.lora_A.weight (rank, in) and
 base_model.model.X.lora_B.weight (out, rank), and its weight is W + s B A; an embedding has lora_embedding_A
-(rank, vocabulary) and lora_embedding_B (features, rank), and its table is W + s (B A)^T.
+(rank, vocabulary) and lora_embedding_B (features, rank), and its table is W + s (B A)^T. Of embedding and head it may
+hold the weight too (base_layer.weight), in case that was changed.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from llm_jax.errors import ConfigError, DataError, UserError
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIXES = {
-    ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "table_a", ".lora_embedding_B": "table_b"
+    ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "table_a", ".lora_embedding_B": "table_b",
+    ".base_layer.weight": "weight",
 }  # fmt: skip
 FILES = (CONFIG, TENSORS)
 ROWS = 1024
@@ -47,6 +49,14 @@ class Part:
     b: Tensor
     scale: float
     is_table: bool = False
+    weight: Tensor | None = None
+
+    def check_weight(self, weight: np.ndarray) -> None:
+        """Raises UserError where the model's weight is not the one that is kept with the adapter."""
+        kept = self.weight and self.weight.read()
+        if kept is not None and not np.array_equal(kept.astype(np.float32), weight.astype(np.float32)):
+            raise UserError(f"{self.weight.file}: {self.weight.name} is not the model's own: beside the adapter, this "
+                            "weight was changed too, which is no adapter's")  # fmt: skip
 
     @property
     def rank(self) -> int:
@@ -134,7 +144,7 @@ def read_parts(values: Mapping[str, Any], path: Path) -> dict[str, Part]:
 def _part(module: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any], path: Path) -> Part:
     is_table = "table_a" in tensors
     pair = ("table_a", "table_b") if is_table else ("a", "b")
-    if tensors.keys() != set(pair):
+    if tensors.keys() - {"weight"} != set(pair):
         raise DataError(f"{path}: the module {module} has {', '.join(sorted(tensors))} and should have an A and a B")
     a, b = (tensors[name] for name in pair)
     rank = _of_module("rank_pattern", module, values, values.get("r", 8))
@@ -143,7 +153,7 @@ def _part(module: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any],
         told = f"{list(a.shape)} and {list(b.shape)}, and the rank is {rank}"
         raise DataError(f"{path}: A and B of the module {module} have the shapes {told}")
     scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    return Part(module, a, b, scale, is_table)
+    return Part(module, a, b, scale, is_table, tensors.get("weight"))
 
 
 def _of_module(key: str, module: str, values: Mapping[str, Any], usual: Any) -> Any:

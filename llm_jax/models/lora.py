@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): which parameters they are, and how they join their layer's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,11 @@ def has_adapter(lora: LoraConfig, name: str) -> bool:
 def is_adapter(path: str) -> bool:
     """Whether the parameter of this path, as "stack/blocks/mlp/up/lora_a", belongs to an adapter."""
     return path.rpartition("/")[2] in (A, B)
+
+
+def layers(paths: Iterable[str]) -> set[str]:
+    """Of a model's parameters, those layers, as "stack/blocks/attention/query", that have an adapter."""
+    return {layer for layer, _, name in (path.rpartition("/") for path in paths) if name == A}
 
 
 def check_targets(lora: LoraConfig, shapes: Any) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +95,6 @@ def outputs_alone(transform: Transform, inputs: int, widths: tuple[int, ...]) ->
 
 
 # ----------------------------------------------------------------------------------------------- from a run
-
-
-def layers_with_adapters(paths: Iterable[str]) -> set[str]:
-    """Of a model's parameters, those layers, as "stack/blocks/attention/query", that have an adapter."""
-    return {layer for layer, _, name in (path.rpartition("/") for path in paths) if name == lora.A}
 
 
 def write(
@@ -208,6 +203,8 @@ def check_modules(adapter: Adapter, moves: Sequence[Move], table: str) -> None:
     Raises UserError, with module and file.
     """
     modules, file = modules_of(moves), adapter.folder / peft.TENSORS
+    if adapter.values.get("fan_in_fan_out") and not any(module.conv for module in modules.values()):
+        raise UserError(f"{adapter.folder / peft.CONFIG}: fan_in_fan_out = true: this model's weights are (out, in)")
     shapes = {name: shape for move in moves for name, shape in zip(move.theirs, move.their_shapes, strict=True)}
     for name, part in adapter.parts.items():
         if part.is_table != (name == table) or not part.is_table and name not in modules:
@@ -216,8 +213,6 @@ def check_modules(adapter: Adapter, moves: Sequence[Move], table: str) -> None:
         weight = shapes[f"{name}.weight"]
         if (sizes[::-1] if part.is_table or conv else sizes) != weight:
             raise DataError(f"{file}: A and B of the module {name} are of {list(sizes)}, its weight of {list(weight)}")
-        if adapter.values.get("fan_in_fan_out") and not conv:
-            raise UserError(f"{adapter.folder / peft.CONFIG}: fan_in_fan_out = true: {name} holds its weight (out, in)")
 
 
 def config_of(adapter: Adapter, moves: Sequence[Move]) -> LoraConfig:

@@ -53,6 +53,11 @@ def best_step(workdir: str | os.PathLike[str]) -> int | None:
     return best if best is not None and losses[best] < math.inf else None
 
 
+def folder_of(workdir: str | os.PathLike[str], step: int) -> Path:
+    """Of one checkpoint."""
+    return _folder(workdir) / str(step)
+
+
 def _folder(workdir: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(workdir)) / "checkpoints"  # a relative path fails in Orbax's background, one save late
 

@@ -41,9 +41,9 @@ from llm_jax.errors import ConfigError, DataError, UserError
 from llm_jax.models import lora, registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import adapters, checkpoint, convert_check, hub_files, restore
+from llm_jax.training import adapters, checkpoint, convert_check, hub_files, restore, run_folder
 from llm_jax.training.arrays import by_path
-from llm_jax.training.slices import SavedArrays
+from llm_jax.training.parameters import SavedParameters
 from llm_jax.training.streamed import StreamedCheckpoint, flush
 
 SHARD_BYTES = 5 * 10**9
@@ -89,7 +89,7 @@ def from_hub(
     if given is not None:
         found = adapters.fitted(found, given, merge=merge)
     tensors = found.tensors()
-    cfg = run_config(found, to, overrides, dtype or source.widest(tensors).name)
+    cfg = run_config(found, to, overrides, dtype or source.widest(tensors, found.family.wide).name)
     start_backend(cfg)  # 64 bits, where asked for
     moves = moves_of(found.family, found.cfg.vocab_size, built(cfg, Layout()), tensors)
     source.check_names(found, tensors, moves)
@@ -191,6 +191,7 @@ def write_parameters(
                 for path, index, values in adapters.arrays_of(modules[part.module], part):
                     streamed.write(f"params/{path}", index, values, f"the adapter of {part.module} in {part.a.file}")
             elif part is not None:
+                part.check_weight(arrays[0])
                 dtype = model.module.precision.params
                 arrays = [part.added_to(arrays[0], dtype, conv=part.module in modules and modules[part.module].conv)]
             ours = move.transform.to_ours(arrays)
@@ -238,7 +239,7 @@ def to_hub(
         raise UserError(f"--adapter: the run {workdir} has none (model.lora.rank is 0); leave it out")
     plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig()))
     beside, notes = hub_files.beside(workdir, cfg)
-    family = family_of_run(plain.model, architecture, notes.get("architecture"))
+    family = family_of_run(plain.model, architecture, notes.get("architecture"), notes.get("needs", ()))
     written = family.hf_config(plain.model)  # refused here, before anything is read
     moves = moves_of(family, written["vocab_size"], built(plain, Layout()), ())
     same = notes.get("architecture") == family.architecture
@@ -257,7 +258,8 @@ def to_hub(
                     write_tensors(folder, saved.slot, moves, dtypes, shard_bytes)
             if not adapter:
                 usual = hub_files.most_frequent(list(dtypes.values()))
-                hub_files.write_config(folder, family, plain.model, beside if same else None, usual)
+                hub_files.write_config(folder, family, plain.model, beside if same else None, usual,
+                                       run_folder.read_labels(workdir))  # fmt: skip
                 hub_files.write_tokenizer(folder, tokenizers.load(f"{workdir}/tokenizer"), beside)
             if not check:
                 return step, convert_check.NOT_ASKED
@@ -272,36 +274,16 @@ def to_hub(
     convert_check.say_unproven(unproven)
 
 
-class SavedParameters(SavedArrays):
-    """The parameters of a run's checkpoint (their running average where it keeps one), read slice by slice."""
-
-    def __init__(self, path: Path, cfg: Config):
-        shapes, self._lora = by_path(built(cfg, Layout()).shapes()), cfg.model.lora
-        self._name = "ema" if cfg.train.ema_decay else "params"
-        wide = lambda s: s.update(dtype=np.promote_types(s.dtype, np.float32)) if self._name == "ema" else s  # noqa: E731
-        super().__init__(path, {f"{self._name}/{path}": wide(shape) for path, shape in shapes.items()})
-        self.adapted = adapters.layers_with_adapters(shapes)
-
-    def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        return super().read(f"{self._name}/{path}", index)
-
-    def slot(self, slot: rules.Slot) -> np.ndarray:
-        """What lies in a slot, its adapter in it, without what fills the vocabulary up."""
-        values, layer = self.read(slot.path, slot.index), adapters.layer_of(slot)
-        if layer in self.adapted and slot.path.endswith("/kernel"):
-            a, b = (self.read(f"{layer}/{name}", slot.index) for name in (lora.A, lora.B))
-            values = lora.merged(values, a, b, self._lora.scale)
-        return values[tuple(slice(size) for size in slot.shape)]
-
-
-def family_of_run(cfg: TransformerConfig, asked: str | None, came_from: str | None) -> Family:
+def family_of_run(cfg: TransformerConfig, asked: str | None, came_from: str | None, needs: Sequence[str]) -> Family:
+    """`came_from`, `needs`: of the architecture that the run was converted from, and of its form."""
     if asked:
         families.find(asked, "--architecture")
         forms = families.forms_of(asked)
         return families.that_can_say(cfg, forms) if len(forms) > 1 else forms[0]
     if came_from in families.FAMILIES:
         with contextlib.suppress(UserError):
-            return families.that_can_say(cfg, families.forms_of(came_from))
+            forms = sorted(families.forms_of(came_from), key=lambda form: list(form.needs) != list(needs))
+            return families.that_can_say(cfg, forms)
     return families.that_can_say(cfg)
 
 

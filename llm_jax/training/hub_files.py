@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import config
-from llm_jax.config import Config, TransformerConfig
+from llm_jax.config import Config, EncoderConfig, TransformerConfig
 from llm_jax.convert import source
 from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.safetensors import Tensor
@@ -32,16 +32,30 @@ def describe(
     tokenizer: Any = tokenizers.NoTokenizer(cfg.model.vocab_size)
     if has_tokenizer(found.folder):
         tokenizer = tokenizers.load(found.folder)
-    run_folder.write(folder, config.to_dict(cfg), tokenizer, model.shapes(), model.axes())
+    labels = label_names(found) if isinstance(cfg.model, EncoderConfig) else ()
+    run_folder.write(folder, config.to_dict(cfg), tokenizer, model.shapes(), model.axes(), labels)
     beside = folder / BESIDE
     beside.mkdir()
-    for name in source.BESIDE:
-        if (found.folder / name).is_file():
-            shutil.copyfile(found.folder / name, beside / name)
+    for file in source.BESIDE:
+        if (found.folder / file).is_file():
+            copy(found.folder / file, beside / file)
     usual = most_frequent([tensor.dtype.name for tensor in tensors.values()])
-    others = {name: tensor.dtype.name for name, tensor in tensors.items() if tensor.dtype.name != usual}
+    others = {key: tensor.dtype.name for key, tensor in tensors.items() if tensor.dtype.name != usual}
     run_folder.write_json(beside / NOTES, {"name": name, "architecture": found.family.architecture,
+                                           "needs": list(found.family.needs),
                                            "dtype": usual, "other_dtypes": others})  # fmt: skip
+
+
+def label_names(found: Source) -> tuple[str, ...]:
+    """Of a classifier, by id; none where config.json has but numbers."""
+    names = {int(i): str(name) for i, name in (found.values.get("id2label") or {}).items()}
+    plain = all(name == f"LABEL_{i}" for i, name in names.items())
+    return () if plain or found.cfg.head not in ("text", "token") else tuple(names[i] for i in sorted(names))
+
+
+def copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, to)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -61,14 +75,22 @@ def beside(workdir: str, cfg: Config) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def write_config(folder: Path, family: Family, cfg: TransformerConfig, beside: Path | None, dtype: str) -> None:
-    """config.json: what the model says, and what the source's said that says nothing about the model."""
+def write_config(
+    folder: Path, family: Family, cfg: TransformerConfig, beside: Path | None, dtype: str, labels: Sequence[str] = ()
+) -> None:
+    """config.json: what the model says, and what the source's said that says nothing about the model. `labels`: the
+    names of a classifier's."""
     values: dict[str, Any] = {}
     if beside:
         values = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         for name in REWRITTEN:
             values.pop(name, None)
+    if isinstance(cfg, EncoderConfig) and len(values.get("id2label") or ()) != cfg.num_labels:
+        values = {name: value for name, value in values.items() if name not in ("id2label", "label2id")}
     values |= family.hf_config(cfg) | {"torch_dtype": dtype}
+    if labels:
+        values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        values["label2id"] = {name: i for i, name in enumerate(labels)}
     path = folder / "config.json"
     run_folder.write_json(path, values)
     if function_of(family.config(values, str(path))) != function_of(cfg):
@@ -79,7 +101,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
     """The tokenizer's files, the source's own where the run was converted from one, and generation_config.json."""
     for name in source.BESIDE if beside else ():
         if name != "config.json" and (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
+            copy(beside / name, folder / name)
     for name, content in tokenizer._files().items():
         (folder / name).write_bytes(content)
     eos = tokenizer.eos_id

@@ -1,7 +1,8 @@
 """`llm-jax convert --dry_run` and `--list`: what would become what, and which families there are."""
 
+import importlib.resources
+import json
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ def mapping(name: str, *, overrides: Sequence[str] = (), dtype: str | None = Non
         tensors = found.tensors()
     except DataError:  # a name on the hub, of which the small files alone were fetched
         tensors = {}
-    kept = dtype or (source.widest(tensors).name if tensors else found.values.get("torch_dtype") or "float32")
+    widest = source.widest(tensors, found.family.wide).name if tensors else found.values.get("torch_dtype")
+    kept = dtype or widest or "float32"
     cfg = run_config(found, name, overrides, "float32" if kept == "float16" else kept)
     sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
     layout = sharding.abstract_layout(cfg.mesh, jax.device_count() if -1 in sizes else int(np.prod(sizes)))
@@ -60,7 +62,14 @@ def split_over(placed: jax.sharding.NamedSharding) -> str:
 
 
 def support_table() -> str:
-    """`--list`: the families that can be converted."""
-    lines = [("architecture", "models"), *((f.architecture, f.title) for f in families.FAMILIES.values())]
-    width = max(len(line[0]) for line in lines)
-    return "\n".join(f"{first:<{width}}  {second}" for first, second in lines)
+    """`--list`: the families that can be converted, and how many of each the tests compare.
+
+    They are counted when support.json is made, by tests/golden/make_support.py.
+    """
+    proven = json.loads(importlib.resources.files("llm_jax.convert").joinpath("support.json").read_text("utf-8"))
+    lines = [("architecture", "models", "compared with transformers")]
+    for name, family in families.FAMILIES.items():
+        count = len(proven.get(name, ()))
+        lines.append((name, family.title, f"{count} model{'s' * (count > 1)}" if count else "no"))
+    widths = [max(len(line[column]) for line in lines) for column in range(2)]
+    return "\n".join(f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]}" for line in lines)

@@ -108,7 +108,11 @@ MERGED = {
     "embedding": ("LLaMA 2", dict(target_modules=["embed_tokens"])),
     "ranks of their own": (
         "Qwen 3",
-        dict(target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp": 5}),
+        dict(
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"layers.1.mlp.down_proj": 5},
+        ),
     ),
     "some layers": ("LLaMA 2", dict(target_modules=["o_proj"], layers_to_transform=[1])),
     "GPT-2's embedding": ("GPT-2", dict(target_modules=["wte", "c_fc"], fan_in_fan_out=True)),
@@ -137,7 +141,7 @@ def test_adapters_that_were_trained_here_are_read_by_peft(name, tmp_path, capsys
     targets = dict(target_modules=["c_attn", "c_fc"] if name == "GPT-2" else ["qkv_proj", "gate_up_proj"])
     if name == "LLaMA 2":
         targets = dict(target_modules=["q_proj", "k_proj"])
-    adapter(source, tmp_path / "peft", **targets)
+    adapter(source, tmp_path / "peft", **targets, fan_in_fan_out=name == "GPT-2")
     imported(source, tmp_path / "run", tmp_path / "peft")
     scatter(tmp_path / "run")
     expected = ours(tmp_path / "run")
