@@ -31,6 +31,7 @@ import jax  # noqa: E402
 import rich.progress  # noqa: E402
 from equivalence import (  # noqa: E402
     DEVICES,
+    FAMILIES,
     GRADIENT_TOLERANCE,
     LENGTH,
     LOSS_TOLERANCE,
@@ -38,6 +39,7 @@ from equivalence import (  # noqa: E402
     ROWS,
     Cell,
     covering_array,
+    family_cells,
     measure,
     product,
     refusal,
@@ -178,6 +180,14 @@ Cell by cell: `=` equal, `x` not equal, `-` refused, `.` not run.
 {grid}
 ```
 
+## Families
+
+On each mesh one cell of every family's own layers (`FAMILIES` of `tests/equivalence.py`), the other levels by turns.
+
+| mesh | {families} |
+|---|{lines}
+{family_rows}
+
 jax {jax}, Python {python[0]}.{python[1]}.
 """
 
@@ -206,6 +216,9 @@ def text(records: dict[str, dict[str, Any]]) -> str:
         table="\n".join(rows),
         grid="\n".join(grid(by_mesh, records)),
         notes="\n".join([*notes.lines(), *failures(found)]),
+        families=" | ".join(FAMILIES),
+        lines="---|" * len(FAMILIES),
+        family_rows="\n".join(family_rows(records)),
         jax=jax.__version__,
         python=sys.version_info,
     )
@@ -235,6 +248,17 @@ def row(mesh: tuple[str, ...], cells: list[Cell], records: dict[str, dict[str, A
     refused = f"{len(reasons)} ({letters})" if reasons else ""
     values = (" x ".join(mesh), equal, refused, largest(passed, "loss_error"), largest(passed, "gradient_error"))
     return f"| {' | '.join(values)} |"
+
+
+def family_rows(records: dict[str, dict[str, Any]]) -> list[str]:
+    """For each mesh the error of the gradient in each family's cell."""
+
+    def of_cell(cell: Cell) -> str:
+        record = records.get(str(cell))
+        return "not run" if record is None else f"{record['gradient_error']:.1e}" if record["passed"] else "not equal"
+
+    together = zip(*map(family_cells, FAMILIES), strict=True)
+    return [f"| {' x '.join(cells[0].mesh)} | {' | '.join(map(of_cell, cells))} |" for cells in together]
 
 
 def grid(by_mesh: dict[tuple[str, ...], list[Cell]], records: dict[str, dict[str, Any]]) -> list[str]:
@@ -282,13 +306,14 @@ def main() -> None:
     code = code_version()
     allowed = [cell for cell in product() if not refusal(cell)]
     ordered = list(dict.fromkeys([*covering_array(allowed), *allowed]))  # all pairs of levels first
+    ordered += [cell for name in FAMILIES for cell in family_cells(name)]
     records = read(args.results, code)
     waiting = [cell for cell in ordered if args.only in str(cell) and str(cell) not in records]
     run_all(waiting, args.results, code, args.jobs)
     records = read(args.results, code)
     args.table.write_text(text(records), encoding="utf-8")
     failed = sum(not record["passed"] for record in records.values())
-    print(f"{len(records)} of {len(allowed)} cells were run, {failed} are not equal; the table is {args.table}")
+    print(f"{len(records)} of {len(ordered)} cells were run, {failed} are not equal; the table is {args.table}")
     sys.exit(1 if failed else 0)
 
 

@@ -71,10 +71,13 @@ def machine(name: str) -> dict:
 # ---------------------------------------------------------------------------------------------------- models
 
 
-def model_size(*, layers, width, mlp, heads, kv_heads, vocab, length, experts=0, top_k=0) -> dict:
-    """What decides a mesh: the sizes of a LLaMA-like decoder, gated MLP, untied head, heads of 128 or width / heads."""
+def model_size(*, layers, width, mlp, heads, kv_heads, vocab, length, experts=0, top_k=0, split=0) -> dict:
+    """What decides a mesh: the sizes of a LLaMA-like decoder, gated MLP, untied head, heads of 128 or width / heads.
+
+    `split`: what the fsdp axis must split in equal parts beside the width; 0: nothing.
+    """
     return dict(layers=layers, width=width, mlp=mlp, heads=heads, kv_heads=kv_heads, vocab=vocab, length=length,
-                experts=experts, top_k=top_k)  # fmt: skip
+                experts=experts, top_k=top_k, split=split or width)  # fmt: skip
 
 
 def parameters(size: dict) -> int:
@@ -213,17 +216,22 @@ def fit(name: str, size: dict, rows: int) -> dict:
         return {"mesh": dict(data=1, fsdp=-1), "train": dict(accumulation=1)}
     facts = machine(name)
     state = STATE_BYTES * parameters(size)
-    shards = facts["domain"] if state / facts["domain"] <= facts["hbm"] / 2 else facts["devices"]
+    most = facts["domain"] if state / facts["domain"] <= facts["hbm"] / 2 else facts["devices"]
+
+    def shards(expert: int, tensor: int) -> int:
+        """Over so many devices, for the fsdp axis splits the width in equal parts."""
+        return min(most, common_power(size["width"], size["split"]) * expert * tensor)
+
     fitting = []
     for expert in powers(common_power(size["experts"], facts["domain"]) if size["experts"] else 1):
         for tensor in powers(common_power(size["kv_heads"], facts["domain"] // expert)):
-            if accumulation := fewest_pieces(facts, size, rows, shards, expert, tensor):
+            if accumulation := fewest_pieces(facts, size, rows, shards(expert, tensor), expert, tensor):
                 fitting.append((expert, tensor, accumulation))
                 break
     if not fitting:
         raise ValueError(
             f"machine {name!r} does not hold this run: {parameters(size) / 1e9:.1f}B parameters take "
-            f"{state / shards / GIB:.0f} of each device's {facts['hbm'] / GIB:.0f} GiB, and {rows} rows of "
+            f"{state / shards(1, 1) / GIB:.0f} of each device's {facts['hbm'] / GIB:.0f} GiB, and {rows} rows of "
             f"{size['length']} tokens do not split over its devices and fit beside them; give a larger machine, or set "
             "the mesh by hand"
         )
@@ -231,11 +239,11 @@ def fit(name: str, size: dict, rows: int) -> dict:
     def hidden(choice: tuple[int, int, int]) -> bool:
         expert, tensor, accumulation = choice
         tokens = rows * size["length"] / facts["devices"] / accumulation
-        spread = shards > facts["domain"]
+        spread = shards(expert, tensor) > facts["domain"]
         return tokens >= fsdp_tokens(facts, size, expert=expert, tensor=tensor, slow=spread)
 
     expert, tensor, accumulation = next(filter(hidden, fitting), fitting[0])
-    return {"mesh": mesh_keys(facts, shards, expert, tensor), "train": dict(accumulation=accumulation)}
+    return {"mesh": mesh_keys(facts, shards(expert, tensor), expert, tensor), "train": dict(accumulation=accumulation)}
 
 
 def fewest_pieces(facts: dict, size: dict, rows: int, shards: int, expert: int, tensor: int) -> int:
@@ -257,8 +265,9 @@ def mesh_keys(facts: dict, shards: int, expert: int, tensor: int) -> dict:
     rules = ("residual_length=sequence+tensor",) if tensor > 1 else ()
     if facts["domains"] == 1:
         return sizes | dict(activation_rules=rules)
-    axis = "fsdp" if shards > facts["domain"] else "data"
-    return sizes | dict(activation_rules=rules, across_slices=(f"{axis}={facts['domains']}",))
+    over = dict(fsdp=max(shards // facts["domain"], 1))  # of the slices or nodes; the rest of them hold copies
+    over["data"] = facts["domains"] // over["fsdp"]
+    return sizes | dict(activation_rules=rules, across_slices=tuple(f"{axis}={n}" for axis, n in over.items() if n > 1))
 
 
 def common_power(a: int, b: int) -> int:

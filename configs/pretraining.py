@@ -41,6 +41,7 @@ def on_token_files(
         length=length,
         experts=moe.get("num_experts", 0),
         top_k=moe.get("top_k", 0),
+        split=model.get("latent", {}).get("kv_rank", 0),
     )
     usual = dict(beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=0.1, clip_norm=1.0, warmup_steps=2_000, final_ratio=0.1)
     cfg = ConfigDict(

@@ -131,13 +131,14 @@ CHOICES = [  # the other values of keys with several
     ("qk_norm", dict(qk_norm="head"), "all", "parameters"),
     ("layer_pattern", {}, ("full", "full_without_positions"), "loss"),
     ("activation", {}, "clamped_swiglu", "loss"),
+    ("activation", {}, "geglu_erf", "loss"),
     ("bias", dict(norm="layernorm", bias="qkv"), "all", "parameters"),
     ("remat", dict(remat="full"), "dots", "program"),
     ("remat", dict(remat="dots"), "dots_no_batch", "program"),
     ("remat", dict(remat="full", remat_save=("query",)), "names", "program"),
     ("remat_save", SAVE, ("query=host",), "program"),
 ]
-REFUSED = {"family": "encoder", "attention_kernel": "cudnn"}  # by the config, on this machine
+REFUSED = {"family": "mamba", "attention_kernel": "cudnn"}  # by the config, on this machine
 
 
 def changed(cfg, key, value):
@@ -219,7 +220,7 @@ def start(observed):
 
 def test_unknown_families_and_unfit_back_ends_are_refused():
     with pytest.raises(ConfigError, match="model.family"):
-        from_dict({"model": {"family": "encoder"}})
+        from_dict({"model": {"family": "mamba"}})
     with pytest.raises(ConfigError, match="model.attention_kernel='cudnn' .* lacks the platform cpu"):
         model = build(decoder(attention_kernel="cudnn"))
         model.shapes()  # of parameters, which are the same with every back end
@@ -321,6 +322,14 @@ def test_training_flops_counted_by_hand():
     windowed = training_flops(dataclasses.replace(model.cfg, sliding_window=4), model.shapes(), model.axes(), 12)
     assert windowed.attention == 12 * 2 * 16 * (1 + 2 + 3 + 9 * 4) / 12
     assert windowed.total == windowed.matrices + windowed.attention
+    latent = build(decoder(latent=dict(kv_rank=6, query_rank=5, rope_dim=2, value_dim=3)))  # queries 4 + 2, values 3
+    found = training_flops(latent.cfg, latent.shapes(), latent.axes(), 12)
+    block = 16 * 5 + 5 * 4 * 6 + 16 * (6 + 2) + 6 * 4 * (4 + 3) + 4 * 3 * 16 + 3 * 16 * 24
+    assert (found.matrices, found.attention) == (6 * (2 * block + 30 * 16), 6 * 2 * 4 * (6 + 3) * sum(range(1, 13)) / 12)
+    moe = build(decoder(moe=dict(num_experts=4, top_k=2, expert_dim=8, shared_dim=5, dense_layers=1, balance_bias=True)))
+    experts = training_flops(moe.cfg, moe.shapes(), moe.axes(), 12).matrices
+    assert experts == 6 * (2 * 4 * 16 * 16 + 3 * 16 * 24 + 16 * 4 + 3 * 16 * (2 * 8 + 5) + 30 * 16)  # two of four
+    found = training_flops(model.cfg, model.shapes(), model.axes(), 12)
     everything = build(decoder(num_kv_heads=2, tie_embeddings=False, bias="all", positions="learned", qk_norm="head"))
     untied = training_flops(everything.cfg, everything.shapes(), everything.axes(), 12)
     assert untied.matrices == found.matrices  # tables are looked up, vectors are not products

@@ -60,6 +60,81 @@ def test_the_balance_loss_pulls_probability_from_the_busy_expert(x64):
     assert gradient[0] > 0 > gradient[2]
 
 
+# ------------------------------------------------------------------------- other scores, groups, balance bias
+
+
+def route_by_loops(logits, top_k, *, renormalize, scores="softmax", groups=1, top_groups=1, scale=1.0, bias=None):
+    """DeepSeek's choice for one token after the other (arXiv 2405.04434, section 2.2.2; 2412.19437, section 2.1.2)."""
+    experts, weights = np.zeros((*logits.shape[:2], top_k), int), np.zeros((*logits.shape[:2], top_k))
+    for place in np.ndindex(logits.shape[:2]):
+        exp = np.exp(logits[place])
+        score = exp / exp.sum() if scores == "softmax" else exp / (1 + exp)
+        ranked = score + (0 if bias is None else bias)
+        members = np.split(np.arange(len(score)), groups)
+        best = [np.sort(ranked[m])[::-1][: 1 if scores == "softmax" else 2].sum() for m in members]
+        within = np.concatenate([members[g] for g in np.argsort(best)[::-1][:top_groups]]) if groups > 1 else members[0]
+        chosen = sorted(within, key=lambda e: -ranked[e])[:top_k]
+        experts[place], found = chosen, score[chosen]
+        weights[place] = scale * (found / found.sum() if renormalize else found)
+    return weights, experts
+
+
+BIAS = np.array([0.3, -0.2, 0.1, 0.0, -0.4, 0.2, 0.25, -0.1])
+ROUTERS = {
+    "V2-Lite": dict(renormalize=False),
+    "V2": dict(renormalize=False, groups=4, top_groups=2, scale=16.0),
+    "V3": dict(renormalize=True, scores="sigmoid", groups=4, top_groups=2, scale=2.5, bias=BIAS),
+    "V3, one group": dict(renormalize=True, scores="sigmoid", bias=BIAS),
+    "sigmoid alone": dict(renormalize=False, scores="sigmoid", groups=2, top_groups=1),
+    "softmax with a bias": dict(renormalize=True, groups=2, top_groups=1, bias=BIAS),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_choose_as_loops_over_tokens_do(x64, name):
+    settings = dict(ROUTERS[name])
+    logits = 2 * np.random.default_rng(3).normal(size=(3, 7, 8))
+    expected = route_by_loops(logits, 3, **settings)
+    settings["balance_bias"] = settings.pop("bias", None)
+    weights, experts, _ = route(jnp.asarray(logits), None, 3, **settings)
+    np.testing.assert_array_equal(experts, expected[1])
+    np.testing.assert_allclose(weights, expected[0], rtol=1e-12)
+
+
+def test_a_balance_bias_changes_who_is_chosen_and_no_weight(x64):
+    logits = jnp.asarray(LOG[:, :1])  # 0.5, 0.3, 0.2
+    chosen = lambda bias: route(logits, None, 1, renormalize=False, balance_bias=jnp.asarray(bias))[:2]  # noqa: E731
+    weights, experts = chosen([0.0, 0.25, 0.0])
+    assert experts.tolist() == [[[1]]]
+    np.testing.assert_allclose(weights, [[[0.3]]])
+    assert chosen([0.0, 0.15, 0.0])[1].tolist() == [[[0]]]
+
+
+def test_the_pull_on_a_balance_bias_is_its_load_above_the_mean(x64):
+    """Choices of real tokens fall 3, 2 and 1: E * load - sum of loads. The value is 0, and logits are free of it."""
+
+    def pull(bias, logits):
+        routing = route(logits, jnp.asarray(PADDED), 2, renormalize=True, balance_bias=bias)[2]
+        return routing.pull.sum()
+
+    value, (bias, logits) = jax.value_and_grad(pull, argnums=(0, 1))(jnp.zeros(3), jnp.asarray(LOG))
+    assert value == 0 and bias.tolist() == [3 * 3 - 6, 3 * 2 - 6, 3 * 1 - 6]
+    assert not logits.any()
+    rows = jax.grad(lambda bias: pull(bias, jnp.asarray(LOG)) * 0.5)(jnp.ones(3))
+    assert rows.tolist() == [1.5, 0.0, -1.5]
+    assert route(jnp.asarray(LOG), None, 2, renormalize=True)[2].pull is None
+
+
+def test_the_balance_loss_of_sigmoid_scores_takes_their_shares(x64):
+    """arXiv 2412.19437, equations 17 to 20, of the three real tokens."""
+    logits = np.random.default_rng(4).normal(size=(1, 4, 3))
+    score = 1 / (1 + np.exp(-logits))
+    _, experts, routing = route(jnp.asarray(logits), jnp.asarray(PADDED), 2, renormalize=True, scores="sigmoid")
+    share = (score / score.sum(-1, keepdims=True))[0, :3].mean(0)
+    load = np.bincount(np.asarray(experts)[0, :3].ravel(), minlength=3) * 3 / (2 * 3)
+    np.testing.assert_allclose(routing.balance, [3 * (load * share).sum()])
+
+
 # ------------------------------------------------------------------------------------------------ grouped products
 
 

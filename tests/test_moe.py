@@ -6,14 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
-from tiny import QUICK, assert_close, decoder, mesh_layout
+from tiny import QUICK, assert_close, decoder, mesh_layout, packed
+from tiny import build as build_decoder
+from tiny import numbers as draw
 
+from llm_jax.config import Config, OptimConfig
 from llm_jax.kernels.exchange import Exchange
 from llm_jax.models.moe import MoE
+from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
+from llm_jax.training import optim, step
 
 ROWS, LENGTH, EMBED = 8, 8, 16
 CONFIGS = {
@@ -26,6 +32,11 @@ CONFIGS = {
     ),
     "one choice": decoder(moe=dict(num_experts=8, top_k=1, renormalize=False)),
     "all experts": decoder(moe=dict(num_experts=8, top_k=8)),
+    "V3": decoder(
+        moe=dict(num_experts=8, top_k=3, expert_dim=8, scores="sigmoid", groups=4, top_groups=2, scale=2.5,
+                 balance_bias=True),
+    ),
+    "GPT-OSS": decoder(moe=dict(num_experts=8, router_bias=True), bias="all", activation="clamped_swiglu"),
     "all experts, capacity": decoder(moe=dict(num_experts=8, top_k=8, capacity_factor=0.5)),
 }  # fmt: skip
 
@@ -83,7 +94,8 @@ def numbers(cfg, layout=None, stages=0, collapsed=False):
 
     def loss(params, x, dy, segments):
         y, routing = apply(params, x, segments)
-        return (y * dy).sum() + (0.1 * routing.balance + 0.01 * routing.z).sum(), (y, routing)
+        pull = 0 if routing.pull is None else routing.pull
+        return (y * dy).sum() + (0.1 * routing.balance + 0.01 * routing.z + pull).sum(), (y, routing)
 
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
     return jax.tree.map(np.asarray, program(params, x, dy, segments))
@@ -241,6 +253,63 @@ def test_parameters_and_their_axes():
     }
     assert shapes["up"]["kernel"].shape == (8, 16, 24) and shapes["down"]["kernel"].shape == (8, 24, 16)
     assert set(shapes_and_axes(build(CONFIGS["dropless"], dtype="float32"))[0]) == {"router", "gate", "up", "down"}
+
+
+def test_parameters_of_routers_with_biases():
+    v3, v3_axes = shapes_and_axes(build(CONFIGS["V3"], dtype="bfloat16"))
+    assert v3["balance_bias"].shape == (8,) and v3_axes["balance_bias"] == ("balance",)
+    assert v3["balance_bias"].dtype == jnp.float32  # small steps, which bfloat16 would lose
+    assert v3["up"]["kernel"].shape == (8, 16, 8) and v3["up"]["kernel"].dtype == jnp.bfloat16
+    oss, axes = shapes_and_axes(build(CONFIGS["GPT-OSS"], dtype="float32"))
+    assert oss["router"]["bias"].shape == (8,) and axes["router"]["bias"] == ("router",)
+
+
+def test_the_load_is_counted_over_the_whole_batch(x64):
+    """The gradient of each layer's balance bias: whole numbers, the same in one batch, in four, and stage by stage."""
+    moe = dict(num_experts=8, top_k=2, scores="sigmoid", balance_bias=True, balance_loss=0.1, dense_layers=1)
+    cfg = Config(model=decoder(num_layers=3, moe=moe))
+    batch, objective = packed(8, 8), LanguageObjective.make(cfg)
+    found = {}
+    for name, accumulation, sizes in (("one", 1, {}), ("four", 4, {}), ("stages", 2, dict(stage=2, expert=2))):
+        layout = mesh_layout(**sizes) if sizes else Layout()
+        model = build_decoder(cfg.model, layout, "float64")
+        gradient = functools.partial(step.gradients, model, objective, layout=layout, seed=0, step=0)
+        gradient = functools.partial(gradient, accumulation=accumulation)
+        grads, _, _ = jax.jit(gradient, compiler_options=QUICK)(draw(model), batch)
+        found[name] = np.asarray(grads["stack"]["blocks"]["moe"]["balance_bias"])
+    assert found["one"].shape == (2, 8) and (found["one"] == found["one"].round()).all() and found["one"].any(-1).all()
+    assert not found["one"].sum(-1).any()
+    choices = 2 * (batch["segment_ids"] != 0).sum()
+    assert ((found["one"] + choices) % 8 == 0).all()  # 8 times a number of choices
+    for name in ("four", "stages"):
+        np.testing.assert_array_equal(found[name], found["one"])
+
+
+def test_a_balance_bias_evens_the_load():
+    """A router that sends all to two experts, and nothing that trains but its bias: after some steps all are used."""
+    moe = dict(num_experts=8, top_k=2, scores="sigmoid", balance_bias=True, balance_loss=0.0)
+    cfg = Config(model=decoder(num_layers=1, moe=moe))
+    model, batch, objective = build_decoder(cfg.model, Layout(), "float32"), packed(8, 16), LanguageObjective.make(cfg)
+    params = draw(model, scale=0.02)
+    bias = np.zeros((1, 8), np.float32)
+    bias[0, 2:4] = 0.2
+    params["stack"]["blocks"]["moe"]["balance_bias"] = jnp.asarray(bias)
+    settings = OptimConfig(freeze=("(?!.*balance_bias).*",))
+    tx = optim.make(settings, 40, model.shapes(), model.axes(), balance_rate=0.01)
+    gradient = functools.partial(step.gradients, model, objective, layout=Layout(), seed=0, step=0)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def update(params, state):
+        grads = gradient(params, batch)[0]
+        changes, state = tx.update(grads, state, params)
+        above = grads["stack"]["blocks"]["moe"]["balance_bias"].max() / (2 * (batch["segment_ids"] != 0).sum())
+        return optax.apply_updates(params, changes), state, 1 + above  # the busiest expert's load, relative to the mean
+
+    state, loads = tx.init(params), []
+    for _ in range(40):
+        params, state, load = update(params, state)
+        loads.append(float(load))
+    assert loads[0] > 3.9 and max(loads[-5:]) < 2.5, loads
 
 
 def test_experts_start_as_dense_layers_do_and_differ():

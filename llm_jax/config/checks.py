@@ -340,8 +340,8 @@ def check_remat(model: TransformerConfig) -> None:
 def check_positions(model: TransformerConfig) -> None:
     head_dim = model.head_dim or model.embed_dim // model.num_heads
     if model.positions == "rotary":
-        rotated = model.latent.rope_dim if model.latent.kv_rank else head_dim * model.rope.fraction
-        if rotated != int(rotated) or int(rotated) % 2:
+        rotated = head_dim * model.rope.fraction
+        if not model.latent.kv_rank and (rotated != int(rotated) or int(rotated) % 2):  # of latents: check_latent
             reason = f"rotary positions turn pairs, and {rotated:g} of each head's {head_dim} numbers would turn"
             key, value = ("head_dim", head_dim) if model.rope.fraction == 1 else ("rope.fraction", model.rope.fraction)
             raise refuse(f"model.{key}", value, reason, "give a value that makes it an even whole number")

@@ -2,8 +2,8 @@
 
 What is written back is bfloat16: of these tensors alone a conversion both ways does not give the source's bytes.
 
-    MXFP4 (OCP Microscaling Formats 1.0, section 5.4; GPT-OSS): NAME_blocks (E, out, G, 16) holds two 4-bit floats a byte,
-          the low half first, NAME_scales (E, out, G) the exponent of each 32 of them; NAME is (E, 32 G, out)
+    MXFP4 (OCP Microscaling Formats 1.0, section 5.4; GPT-OSS): NAME_blocks (E, out, G, 16) holds two 4-bit floats a
+          byte, the low half first, NAME_scales (E, out, G) the exponent of 32 of them; NAME is (E, 32 G, out)
     FP8   (DeepSeek-V3, arXiv 2412.19437, section 3.3): NAME (out, in) in e4m3, NAME_scale_inv a float32 factor of each
           block of quantization_config's weight_block_size
 """

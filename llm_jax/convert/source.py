@@ -22,7 +22,8 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 BESIDE = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "vocab.txt", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )  # fmt: skip
 
 
@@ -138,9 +139,10 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
-def widest(tensors: dict[str, Tensor]) -> np.dtype:
-    """The narrowest dtype of ours that holds every tensor exactly (there is no float16 here)."""
-    found = {tensor.dtype.name for tensor in tensors.values()}
+def widest(tensors: dict[str, Tensor], wide: Sequence[str] = ()) -> np.dtype:
+    """The narrowest dtype of ours that holds every tensor exactly (there is no float16 here), those left out that
+    `wide` names: `Family.wide`."""
+    found = {tensor.dtype.name for name, tensor in tensors.items() if not matches(name, wide)}
     if "float64" in found:
         return np.dtype(np.float64)
     return np.dtype(safetensors.DTYPES["BF16"]) if found == {"bfloat16"} else np.dtype(np.float32)

@@ -156,7 +156,7 @@ class Kernel:
         layout: Layout | None = None,
         **terms: Any,
     ) -> jax.Array:
-        """(B, T, N, H), (B, S, K, H), (B, S, K, V) to (B, T, N, V), as `dense.reference_attention` with the same arguments.
+        """(B, T, N, H), (B, S, K, H), (B, S, K, V) to (B, T, N, V), as `dense.reference_attention` of the same.
 
         Args:
           layout: how the arrays are split over a mesh.

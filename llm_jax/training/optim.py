@@ -222,8 +222,8 @@ def make(
         optax.scale_by_learning_rate(learning_rate(cfg, total_updates)),
     ]
     tx = optax.chain(*(part for part in parts if part is not None))
-    labels = jax.tree.map(lambda train: "trained" if train else "frozen", trainable)
-    labels = jax.tree.map(lambda label, a: "balance" if label == "trained" and role(a) == "balance" else label, labels, axes)
+    own_rule = lambda a: "balance" if role(a) == "balance" else "trained"  # noqa: E731
+    labels = jax.tree.map(lambda train, rule: rule if train else "frozen", trainable, _map_axes(own_rule, axes))
     kinds = set(jax.tree.leaves(labels))
     if kinds != {"trained"}:
         rules = {"trained": tx, "frozen": optax.set_to_zero()}

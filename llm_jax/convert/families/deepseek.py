@@ -208,7 +208,7 @@ class OfEachHead:
 
 @dataclasses.dataclass(frozen=True)
 class PairsApart:
-    """The last `size` rows of theirs (..., H, in) are pairs of neighbours; of ours, first halves and then second ones."""
+    """The last `size` rows of theirs (..., H, in) are pairs of neighbours; ours are all first halves, then all second."""
 
     size: int
 
@@ -274,4 +274,5 @@ DEEPSEEK_V3 = Family(
     write_v3,
     deepseek_rules,
     no_parameters=(r".*\.rotary_emb\.inv_freq", MORE_PREDICTED),
+    wide=(r".*\.e_score_correction_bias",),
 )

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from llm_jax.config import DecoderConfig
-from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.families.llama import (
     attention_rules,
     mlp_rules,
@@ -14,6 +13,7 @@ from llm_jax.convert.families.llama import (
     write_attention_bias,
     write_common,
 )
+from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Chain, Cut, Rule, Swapped, linear
 
@@ -44,7 +44,8 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
     keys.only("decoder_sparse_step", 1, default=1, reason=reason)
     dense = keys.take("mlp_only_layers", None) or []
     if dense != list(range(len(dense))):
-        raise keys.refuse("mlp_only_layers", dense, "our model can have MLPs in place of experts in the first layers alone")
+        reason = "our model can have MLPs in place of experts in the first layers alone"
+        raise keys.refuse("mlp_only_layers", dense, reason)
     moe = {
         "expert_dim": keys.take("moe_intermediate_size"),
         "dense_layers": len(dense),
