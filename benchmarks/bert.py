@@ -44,6 +44,7 @@ def finetuning(model: str, steps: int, seed: int, **changes: Any) -> config.Conf
         "checkpoint.init_from": f"hf:{model}", "train.epochs": 0, "train.steps": steps, "seed": seed,
         "optim.warmup_steps": steps // 10, "optim.learning_rate": LEARNING_RATE, "optim.weight_decay": WEIGHT_DECAY,
         "eval.every": 0, "eval.patience": 0, "checkpoint.every": 0, "data.buckets": "", "log.trackers": "",
+        "log.every": max(steps // 10, 1),
     }  # fmt: skip
     keys |= {name.replace("__", "."): value for name, value in changes.items()}
     cfg = config.load("bert/finetune_classification", [f"{key}={value}" for key, value in keys.items()])
@@ -59,7 +60,7 @@ def batches_for_the_peer(cfg: config.Config, folder: Path) -> tuple[Path, int]:
     size = cfg.train.global_batch_size
     training = [stream.batch(step * size, size, np.arange(size)) for step in range(cfg.train.steps)]
     rows = LabelledRows(store.validation, cfg.data)
-    validation = list(labelled_rows.evaluation_batches(rows, EVAL_BATCH, np.arange))
+    validation = list(labelled_rows.evaluation_batches(rows, EVAL_BATCH, np.arange, cfg.eval.batches))
     arrays = {}
     for side, batches in (("train", training), ("validation", validation)):
         joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -116,7 +117,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     """Both sides in turn, a seed at a time."""
     found = []
     for seed in range(arguments.seeds):
-        cfg = finetuning(arguments.model, arguments.steps, seed)
+        cfg = finetuning(arguments.model, arguments.steps, seed, eval__batches=arguments.eval_batches)
         peer = run_peer(arguments.peer_python, arguments.model, cfg, folder)
         ours = run_ours(cfg, folder, f"ours{seed}")
         ratio = ours["seconds"] / peer["seconds"]
@@ -135,7 +136,7 @@ def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     }  # fmt: skip
     found = {}
     for name, changes in ways.items():
-        cfg = finetuning(arguments.model, arguments.steps // 3, 0, **changes)
+        cfg = finetuning(arguments.model, arguments.steps // 3, 0, eval__batches=arguments.eval_batches, **changes)
         found[name] = run_ours(cfg, folder, name)
         (store,) = tasks.prepare(cfg.data)
         rows = LabelledRows(store.train, cfg.data)
@@ -182,14 +183,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain_steps", type=int, default=500)
+    parser.add_argument("--eval_batches", type=int, default=0, help="of the validation texts; 0: all")
+    parser.add_argument("--parts", default="compare,padding,pretraining", help="which parts to run")
     parser.add_argument("--json", help="where to write all figures")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
+    parts = {"compare": compare, "padding": padding, "pretraining": pretraining}
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.peer_python:
-            found["compared"] = compare(arguments, Path(folder))
-        found["padding"] = padding(arguments, Path(folder))
-        found["pretraining"] = pretraining(arguments, Path(folder))
+        for name in arguments.parts.split(","):
+            found[name] = parts[name](arguments, Path(folder))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1))
 

@@ -186,7 +186,7 @@ def test_a_mesh_and_micro_batches_give_the_gradient_of_one_device(head, mesh):
 
     plain = run(model, Layout(), 1)
     layout = mesh_layout(**mesh)
-    assert_close(run(make(layout), layout, 2), plain, rtol=1e-4, atol=2e-5)
+    assert_close(run(make(layout), layout, 2), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_text_has_the_loss_that_it_has_alone():

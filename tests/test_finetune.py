@@ -49,6 +49,7 @@ def pretrained(tmp_path_factory):
             ),
             train=dict(steps=4, global_batch_size=8),
             eval=dict(every=2), checkpoint=dict(every=0), log=dict(trackers=[], every=2), generate=dict(max_tokens=0),
+            optim=dict(schedule="constant"),
         )
     )  # fmt: skip
     config.check(cfg)
@@ -75,6 +76,21 @@ def test_pretraining_tells_both_losses(pretrained):
     step = next(record for record in records if "pair_loss" in record)
     assert 4 < step["loss"] < 8 and 0.3 < step["pair_loss"] < 2
     assert checkpoint.steps(pretrained) == [4]
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_masks(pretrained, tmp_path):
+    """Stopped behind the third step, which is in the second phase: the fourth is the same to the last bit."""
+    whole = restore.read_config(pretrained)
+    for steps in (3, 4):
+        cfg = config.override(whole, [f"train.steps={steps}"])
+        with quick_compiler():
+            train.train(cfg, str(tmp_path / "run"))
+    once, twice = (
+        [record for record in read_jsonl(folder / "metrics.jsonl") if "grad_norm" in record][-1]
+        for folder in (pretrained, tmp_path / "run")
+    )
+    for name in ("step", "loss", "pair_loss", "accuracy", "pair_accuracy", "grad_norm"):
+        assert once[name] == twice[name]
 
 
 def test_the_trunk_comes_from_the_other_run_and_the_head_is_fresh(pretrained, tuned):

@@ -11,6 +11,7 @@ from llm_jax.data.labelled import Encoder, label_names, prepare, texts_a_record
 from llm_jax.data.labelled_rows import LabelledRows, LabelledStream, evaluation_batches, pack
 from llm_jax.data.labelled_scores import measures, predictions
 from llm_jax.data.tables import Record, read_table
+from llm_jax.data.tasks import feature_shapes
 from llm_jax.data.tokenizers import train_wordpiece
 from llm_jax.errors import DataError
 
@@ -326,3 +327,26 @@ def test_predictions_come_back_in_the_order_of_the_records(folder):
     few = measures(cfg, store.names, store.train, batches[:1])  # of the texts that were scored
     ids = batches[0]["text_ids"][:, 0]
     assert few["accuracy"] == pytest.approx(np.mean([truth[t] == (1 if t % 2 else 2) for t in ids]))
+
+
+@pytest.mark.parametrize(
+    "task", ["classification", "multilabel", "regression", "tokens", "questions", "choice", "similarity"]
+)
+def test_the_shapes_of_a_batch_are_those_that_are_planned_for(folder, task):
+    row = {"text": "the cat", "second": "a dog", "label": 1, "answers": {"text": ["a"], "answer_start": [0]}}
+    rows = [row | {"label": label} for label in (0, 1)] * 3
+    columns = {"label": "answers" if task == "questions" else "label"}
+    if task in ("questions", "similarity"):
+        columns["pair"] = "second"
+    if task == "choice":
+        columns["choices"] = ("second", "text")
+    if task == "tokens":
+        rows = [{"text": ["a", "cat"], "label": ["x", "y"]}] * 6
+    if task == "multilabel":
+        rows = [one | {"label": ["x"] if one["label"] else ["y"]} for one in rows]
+    cfg = config(folder, rows, task=task, columns=columns, stride=4)
+    store = prepare(cfg)
+    planned = feature_shapes(cfg, 6, max(len(store.names), 1))
+    count = 6 * texts_a_record(cfg)
+    batch = LabelledStream(store, cfg, 0).batch(0, 6, np.arange(count))
+    assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == planned

@@ -10,6 +10,7 @@ from llm_jax.config import DataConfig, MaskingConfig
 from llm_jax.data.masking import MaskedRows, MaskedStream, choose, evaluation_batches, masked_places
 from llm_jax.data.sentence_pairs import cuts, find_sentences, make_pairs
 from llm_jax.data.shuffle import stream_key
+from llm_jax.data.tasks import feature_shapes
 from llm_jax.errors import ConfigError, DataError
 
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -299,3 +300,10 @@ def test_a_tokenizer_without_a_mask_is_refused():
     tokenizer = SimpleNamespace(vocab_size=VOCAB, eos_id=SEP, special_ids={"[CLS]": CLS, "[SEP]": SEP})
     with pytest.raises(ConfigError, match=r"\[MASK\] or <mask>, which data.task=masked needs"):
         MaskedRows(split(corpus()), tokenizer, config(), 32, 0)
+
+
+@pytest.mark.parametrize("task", ["masked", "replaced"])
+def test_the_shapes_of_a_batch_are_those_that_are_planned_for(task):
+    cfg = config(task=task)
+    batch = batch_of(rows_of(cfg), np.arange(6))
+    assert {name: (array.shape, array.dtype.type) for name, array in batch.items()} == feature_shapes(cfg, 6, 1)

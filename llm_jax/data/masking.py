@@ -36,7 +36,7 @@ class MaskedRows:
     def __init__(self, split: Any, tokenizer: Tokenizer, cfg: DataConfig, length: int, seed: int):
         masking = cfg.masking
         self.length, self.masking, self.replaced = length, masking, cfg.task == "replaced"
-        self.predictions = masking.max_predictions or math.ceil(masking.rate * length)
+        self.predictions = predictions(cfg, length)
         purpose = f"data.task={cfg.task}"
         self._cls, self._sep, self._mask = (
             special_id(tokenizer, names, purpose) for names in (STARTS, ENDS, MASKS)
@@ -135,6 +135,11 @@ class MaskedRows:
         tokens = self._tokens[self._sentences.starts[first] : self._sentences.ends[last - 1]]
         tokens = tokens[tokens != self._sep]
         return tokens[front : len(tokens) - back]
+
+
+def predictions(cfg: DataConfig, length: int) -> int:
+    """P: the places that a row of `length` tokens has for predictions."""
+    return cfg.masking.max_predictions or math.ceil(cfg.masking.rate * length)
 
 
 def choose(candidates: np.ndarray, goes_on: np.ndarray | None, wanted: np.ndarray, chance: np.ndarray) -> np.ndarray:

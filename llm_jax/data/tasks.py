@@ -65,6 +65,27 @@ def evaluation(
     return lambda local: masking.evaluation_batches(masked, batch_size, local, seed, batches)
 
 
+def feature_shapes(cfg: DataConfig, batch_size: int, num_labels: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """(shape, dtype) of each feature of a batch of the longest rows, of a task other than language."""
+    rows, length = batch_size * labelled.texts_a_record(cfg), cfg.sequence_length
+    texts = labelled_rows.MOST_TEXTS if cfg.pack_texts else 1
+    whole = ("tokens", "segment_ids", "positions", "token_types")
+    found = {name: ((rows, length), np.int32) for name in whole} | {"starts": ((rows, texts), np.int32)}
+    if cfg.task not in LABELLED_TASKS:
+        masked = (rows, masking.predictions(cfg, length))
+        found |= {"masked_positions": (masked, np.int32), "masked_targets": (masked, np.int32)}
+        found |= {"masked_weights": (masked, np.float32)}
+        found |= {"pair_labels": ((rows, texts), np.int32), "pair_weights": ((rows, texts), np.float32)}
+        return found | ({"replaced": ((rows, length), np.float32)} if cfg.task == "replaced" else {})
+    found["text_ids"] = ((rows, texts), np.int32)
+    own = {"tokens": (rows, length), "questions": (rows, texts, 2), "regression": (rows, texts, 1)}
+    own["multilabel"] = (rows, texts, num_labels)
+    if cfg.task != "similarity":
+        dtype = np.float32 if cfg.task in ("regression", "multilabel") else np.int32
+        found["labels"] = (own.get(cfg.task, (rows, texts)), dtype)
+    return found
+
+
 def nothing_held_out() -> DataError:
     return DataError(
         "There is nothing to evaluate on: the data source has no validation split. Set data.validation_fraction above "

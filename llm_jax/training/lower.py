@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import Config, run_steps
+from llm_jax.data import tasks
 from llm_jax.models import registry
 from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.base import Batch
@@ -52,6 +53,10 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
 
 def batch_shapes(cfg: Config, layout: Layout) -> Batch:
     """What the loader hands to a step, as sharded ShapeDtypeStructs (B, T); `target_bytes` is left out."""
+    if cfg.data.task != "language":
+        features = tasks.feature_shapes(cfg.data, cfg.train.global_batch_size, getattr(cfg.model, "num_labels", 1))
+        sharded = lambda shape: layout.batch_sharding(len(shape))  # noqa: E731
+        return {name: jax.ShapeDtypeStruct(shape, d, sharding=sharded(shape)) for name, (shape, d) in features.items()}
     shape, sharding = (cfg.train.global_batch_size, cfg.data.sequence_length), layout.batch_sharding()
     integers = ("tokens", "targets", "segment_ids", "positions")
     dtypes = dict.fromkeys(integers, jnp.int32) | {"loss_weights": jnp.float32}

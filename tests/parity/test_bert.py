@@ -98,7 +98,7 @@ def test_pretraining_losses_are_theirs(tmp_path):
     found.loss.backward()
     grads, terms = loss_and_gradient(cfg, model, params, features)
     total = float(terms["loss"] + terms["pair_loss"])
-    assert total == pytest.approx(float(found.loss), rel=1e-5)
+    assert total == pytest.approx(found.loss.item(), rel=1e-5)
     right = (found.prediction_logits.argmax(-1).numpy() == labels)[labels >= 0].mean()
     assert float(terms["accuracy"]) == pytest.approx(right)
     np.testing.assert_allclose(
@@ -120,7 +120,7 @@ def test_classification_losses_are_theirs(tmp_path):
     found = theirs(**for_torch(features), labels=torch.tensor(features["labels"][:, 0]))
     found.loss.backward()
     grads, terms = loss_and_gradient(cfg, model, params, features)
-    assert float(terms["loss"]) == pytest.approx(float(found.loss), rel=1e-5)
+    assert float(terms["loss"]) == pytest.approx(found.loss.item(), rel=1e-5)
     np.testing.assert_allclose(
         grads["embedding"]["table"], theirs.bert.embeddings.word_embeddings.weight.grad.numpy(), atol=2e-5
     )
