@@ -31,7 +31,7 @@ def adapter(folder, modules, *, tables=(), dtype=np.float32, tensors=None, **con
     folder.mkdir()
     draw, found, changes = np.random.default_rng(7), {}, {}
     for module, (outputs, inputs) in modules.items():
-        a, b = (0.3 * draw.normal(size=size).astype(dtype) for size in ((RANK, inputs), (outputs, RANK)))
+        a, b = ((0.3 * draw.normal(size=size)).astype(dtype) for size in ((RANK, inputs), (outputs, RANK)))
         names = (".lora_embedding_A", ".lora_embedding_B") if module in tables else (".lora_A.weight", ".lora_B.weight")
         found |= {f"base_model.model.{module}{name}": x for name, x in zip(names, (a, b), strict=True)}
         changes[module] = np.float32(ALPHA / RANK) * (b.astype(np.float32) @ a.astype(np.float32))

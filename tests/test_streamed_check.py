@@ -24,9 +24,10 @@ def test_the_streamed_check_ends_as_the_whole_one(name, tmp_path, capsys):
     source = hub_models.checkpoint(tmp_path / "source", name)
     put_reference(source, name)
     for way in (True, False):
-        convert.from_hub(str(source), str(tmp_path / f"run{way}"), overrides=[f"model.scan_layers={way}"], streamed=True)
+        given = dict(overrides=[f"model.scan_layers={way}"], streamed=True)
+        convert.from_hub(str(source), str(tmp_path / f"run{way}"), **given)
     assert capsys.readouterr().out.count("checked: ") == 2
-    put_reference(source, "LLaMA 2" if name != "LLaMA 2" else "Mixtral")
+    put_reference(source, "LLaMA 2")
     with pytest.raises(ConversionMismatch):
         convert.from_hub(str(source), str(tmp_path / "other"), streamed=True)
 
@@ -70,5 +71,5 @@ def test_it_is_taken_where_parameters_would_fill_the_memory(monkeypatch):
 def test_an_encoder_is_compared_whole():
     cfg = Config(model=EncoderConfig())
     assert not convert_check.streams(cfg, 10**15, None)
-    with pytest.raises(UserError, match="--check=streamed: a encoder is compared as a whole|an encoder"):
+    with pytest.raises(UserError, match="--check=streamed: only decoders"):
         convert_check.streams(cfg, 10, True)

@@ -70,7 +70,7 @@ def streams(cfg: Config, parameters: int, asked: bool | None) -> bool:
     """Whether the model is computed layer by layer: as asked, else where it is too large for the memory here."""
     if cfg.model.family != "decoder":
         if asked:
-            raise UserError(f"--check=streamed: a {cfg.model.family} is compared as a whole; leave it out")
+            raise UserError("--check=streamed: only decoders are computed layer by layer; leave it out")
         return False
     return streamed_check.is_needed(cfg, parameters) if asked is None else asked
 
@@ -148,7 +148,8 @@ def encoder_outputs(run: restore.TrainedModel, params: Any, tokens: Any, length:
     """What `torch_reference.encoder_outputs` keeps: what the head makes of tokens, what it makes of the text behind."""
     model, (rows, wide) = run.model, tokens.shape
     segments = jnp.broadcast_to(jnp.asarray(np.arange(wide) < length, jnp.int32)[None], (rows, wide))
-    starts, places = jnp.zeros((rows, 1), jnp.int32), jnp.broadcast_to(jnp.asarray(positions)[None], (rows, len(positions)))
+    starts = jnp.zeros((rows, 1), jnp.int32)
+    places = jnp.broadcast_to(jnp.asarray(positions)[None], (rows, len(positions)))
     given = dict(segment_ids=segments)
 
     def everywhere(of_text: jax.Array) -> jax.Array:
