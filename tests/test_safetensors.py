@@ -180,3 +180,13 @@ def test_a_folder_of_nothing_or_of_nameless_files(tmp_path):
     (tmp_path / "part.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match="holds part.safetensors, and neither"):
         ours.read_folder(tmp_path)
+
+
+def test_a_transposed_array_is_written_in_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "PIECE_BYTES", 40)
+    array = np.arange(70, dtype=np.float32).reshape(7, 10).T
+    assert [len(piece) for piece in ours.rows_of(array)] == [1] * 10
+    monkeypatch.setattr(ours, "PIECE_BYTES", 90)
+    assert [len(piece) for piece in ours.rows_of(array)] == [3, 3, 3, 1]
+    ours.write_folder(tmp_path, [Planned("a", array.dtype, array.shape)], lambda _: array, largest=1 << 20)
+    np.testing.assert_array_equal(ours.read_folder(tmp_path)["a"].read(), array)

@@ -1,9 +1,9 @@
-"""A model computed layer by layer, its parameters read and dropped: the same logits, and one layer in memory at a time."""
+"""A model computed layer by layer, its parameters read and dropped: the same logits as the whole one's."""
 
 import hub_models
 import numpy as np
 import pytest
-from test_convert import put_reference, unchecked
+from test_convert import put_reference
 from tiny import build, decoder, numbers, quick_compiler
 
 from llm_jax.config import Config, EncoderConfig

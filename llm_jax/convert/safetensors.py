@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20  # the format's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +229,19 @@ def write_file(path: Path, tensors: Sequence[Planned], produce: Callable[[Planne
             array = produce(tensor)
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {array.dtype}{array.shape}, planned was {tensor}")
-            write_all(stream, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            for piece in rows_of(array):
+                write_all(stream, memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
         os.fsync(stream.fileno())
+
+
+def rows_of(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in rows of about `PIECE_BYTES`: a transposed one is never twice in memory."""
+    if array.flags.c_contiguous or not array.size:
+        yield array
+        return
+    rows = max(PIECE_BYTES * len(array) // array.nbytes, 1)
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
 
 
 def write_all(stream: Any, content: Any) -> None:

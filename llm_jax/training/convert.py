@@ -320,7 +320,7 @@ def write_tensors(
 def cast(values: np.ndarray, tensor: Planned) -> np.ndarray:
     """Raises DataError where a number is too large for the dtype."""
     with np.errstate(over="ignore"):
-        found = values.astype(tensor.dtype)
+        found = values.astype(tensor.dtype, copy=False)
     if tensor.dtype == np.float16 and not np.isfinite(found).all():
         raise DataError(f"{tensor.name} has numbers too large for float16: give --dtype=bfloat16 or float32")
     return found
