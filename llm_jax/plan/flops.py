@@ -59,8 +59,15 @@ def instruction_flops(program: Program, one: Instruction, computation: str) -> f
     """Of an instruction with all that is fused into it."""
     inside = program.fused(one)
     if inside:
-        return sum(instruction_flops(program, part, one.called("calls")) for part in inside.values())
+        return sum(nested_flops(program, part, inside) for part in inside.values())
     return product_flops(one, program.computations[computation]) + library_flops(one, program.computations[computation])
+
+
+def nested_flops(program: Program, part: Instruction, around: Computation) -> float:
+    deeper = program.fused(part)
+    if deeper:
+        return sum(nested_flops(program, one, deeper) for one in deeper.values())
+    return product_flops(part, around)
 
 
 def library_flops(one: Instruction, computation: Computation) -> float:

@@ -149,8 +149,11 @@ class Program:
                 yield from self.every(one.called("to_apply"), times)
 
     def fused(self, one: Instruction) -> Computation:
-        """What a fusion (or an asynchronous wrapper) computes; empty for other instructions."""
-        return self.computations.get(one.called("calls") or "", {})
+        """What a fusion, or work handed to another unit (TPU: SparseCore), computes; empty for other instructions."""
+        name = one.called("calls")
+        if name is None and (found := re.search(r"called_computations=\{%?([\w.-]+)", one.rest)):
+            name = found[1]
+        return self.computations.get(name or "", {})
 
 
 def constants(computation: Computation) -> dict[str, int]:
@@ -182,9 +185,9 @@ def parse(text: str) -> Program:
 def logical_lines(text: str) -> Iterator[str]:
     """Lines, with what the printer broke over several (a kernel's metadata) put together again."""
     pending = ""
-    starts = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = |(?:ENTRY )?%?[\w.-]+ \(.*\{$|\}|HloModule|\s*$")
+    starts = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = |(?:ENTRY )?%?[\w.-]+ \(.*\{$|\}$|HloModule|\s*$")
     for line in text.splitlines():
-        if starts.match(line) and not (line == "}" and pending.count("{") > pending.count("}") and " = " in pending):
+        if starts.match(line):
             if pending:
                 yield pending
             pending = line
