@@ -201,6 +201,39 @@ def test_a_run_ends_early_where_nothing_gets_better(pretrained, tmp_path):
     assert restore.read_config(run.workdir).eval.patience == 2
 
 
+OTHER_TASKS = {  # columns, a record, what is predicted for it
+    "multilabel": ({}, dict(text="a cat", label=["x", "y"]), {"labels", "scores"}),
+    "regression": ({}, dict(text="a cat", label=0.5), {"value"}),
+    "tokens": ({}, dict(text=["a", "cat", "sat"], label=["O", "B-X", "I-X"]), {"labels", "scores"}),
+    "questions": (
+        dict(pair="context"), dict(text="what", context="a cat sat", label={"text": ["cat"], "answer_start": [2]}),
+        {"answer", "score", "start", "end"},
+    ),
+    "choice": ({}, dict(text="a cat", b="sat", c="ran", label=1), {"choice", "scores"}),
+    "similarity": (dict(pair="pair"), dict(text="a cat", pair="one cat"), {"similarity"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_every_task_trains_evaluates_and_predicts(pretrained, tmp_path, task):
+    columns, one, predicted = OTHER_TASKS[task]
+    more = {"choice": ["data.columns.choices=b,c"], "questions": ["data.stride=2"]}.get(task, [])
+    with quick_compiler():
+        model = llm_jax.finetune(
+            str(pretrained), [one] * 16, [one] * 11, task=task, output_dir=str(tmp_path), num_train_epochs=1,
+            per_device_train_batch_size=1, per_device_eval_batch_size=1, max_length=16,
+            overrides=["log.trackers=", "optim.warmup_ratio=0", *more], **columns,
+        )  # fmt: skip
+        found = model.evaluate()
+        (answer,) = model.predict([one])
+    assert np.isfinite(found["eval/loss"]) and found["eval/examples"] in (11, 33)  # of tokens: words
+    assert answer.keys() == predicted
+    if task == "tokens":
+        assert len(answer["labels"]) == 3
+    if task in ("tokens", "questions"):
+        assert 0 <= found["eval/f1"] <= 1
+
+
 @pytest.mark.parametrize("name", [name for name in config.config_names() if "/finetune" in name])
 def test_the_recipes_lack_nothing_but_a_checkpoint(name):
     cfg = config.load(name)

@@ -288,7 +288,8 @@ def test_phases_have_their_own_lengths():
 
 def test_validation_rows_always_have_the_same_masks():
     rows = rows_of(config())
-    first, second = (list(evaluation_batches(rows, 7, np.arange, seed=0)) for _ in range(2))
+    size = len(rows) - 2  # the last batch is not full
+    first, second = (list(evaluation_batches(rows, size, np.arange, seed=0)) for _ in range(2))
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
     assert sum(int((batch["segment_ids"] > 0).any(1).sum()) for batch in first) == len(rows)
     last = first[-1]

@@ -21,6 +21,7 @@ from llm_jax.backend import start_backend
 from llm_jax.config import Config
 from llm_jax.config.schema import LABELLED_TASKS
 from llm_jax.config.tasks import HEADS
+from llm_jax.data import tasks
 from llm_jax.errors import ConfigError
 from llm_jax.training import predict, pretrained, restore, train
 
@@ -119,6 +120,9 @@ def finetune(
     )
     cfg = pretrained.adopt(config.override(cfg, overrides))
     config.check(cfg)
+    rows = tasks.make_stream(tasks.prepare(cfg.data), cfg.data, cfg.seed).epoch_rows
+    epoch = max(rows // cfg.train.global_batch_size, 1)
+    cfg = config.override(cfg, [f"eval.every={epoch}", f"checkpoint.every={epoch}", *overrides])
     train.train(cfg, workdir)
     return FineTuned(workdir, restore.read_config(workdir))
 

@@ -1,4 +1,4 @@
-"""Pre-training's losses and gradients and fine-tuning's, against transformers, from the same weights on the same batch."""
+"""Losses and gradients of pre-training and fine-tuning against transformers: the same weights, the same batch."""
 
 import dataclasses
 
@@ -51,7 +51,8 @@ def batch(rng):
     real = np.arange(LENGTH) < lengths[:, None]
     places = np.stack([rng.choice(10, PREDICTIONS, replace=False) for _ in range(ROWS)])
     return {
-        "tokens": rng.integers(0, 61, (ROWS, LENGTH)) * real, "segment_ids": real, "positions": np.arange(LENGTH) * real,
+        "tokens": rng.integers(1, 61, (ROWS, LENGTH)) * real,  # torch gives the padding token no gradient
+        "segment_ids": real, "positions": np.arange(LENGTH) * real,
         "token_types": (np.arange(LENGTH) > 6) * real, "masked_positions": places,
         "masked_targets": rng.integers(0, 61, (ROWS, PREDICTIONS)),
         "masked_weights": (rng.random((ROWS, PREDICTIONS)) < 0.7).astype(np.float32),
