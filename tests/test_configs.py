@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -104,7 +105,7 @@ def test_describes_itself(capsys, tmp_path, spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_no_large_parameter_is_replicated_on_eight_devices(spec):
-    """None above 1 MiB, a stack counted by its layer."""
+    """None above 1 MiB, a stack counted by its layer, and by its expert."""
     cfg = load(spec)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 50_304))
     layout = abstract_layout(MeshConfig(fsdp=8), 8)
@@ -112,8 +113,9 @@ def test_no_large_parameter_is_replicated_on_eight_devices(spec):
     placed = layout.parameter_shardings(model.shapes(), model.axes())
     names = jax.tree.leaves(model.axes(), is_leaf=lambda node: isinstance(node, tuple))
     leaves = zip(jax.tree.leaves(model.shapes()), jax.tree.leaves(placed), names, strict=True)
-    layers = cfg.model.num_layers
-    large = [x for leaf, x, axes in leaves if 4 * leaf.size > 2**20 * (layers if "layers" in axes else 1)]
+    stacks = {"layers": cfg.model.num_layers, "expert": cfg.model.moe.num_experts}
+    depth = lambda axes: math.prod(stacks.get(axis, 1) for axis in axes)  # noqa: E731
+    large = [x for leaf, x, axes in leaves if 4 * leaf.size > 2**20 * depth(axes)]
     assert large and not any(place.is_fully_replicated for place in large)
 
 
