@@ -17,7 +17,6 @@ from llm_jax.training.heads import origins
 
 SMALL = dict(
     family="encoder", num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16, max_length=24, scan_layers=False,
-    head_dropout=0.0,
 )  # fmt: skip
 WORDS = ["cat", "dog", "bird", "park", "mat", "tree", "sky", "red", "blue", "green", "one", "two"]
 
@@ -46,6 +45,7 @@ def pretrained(tmp_path_factory):
             data=dict(
                 task="masked", path=str(folder / "text.txt"), separator="\n\n", tokenizer="wordpiece",
                 tokenizer_vocab_size=300, eos="lines", sequence_length=24, masking=dict(phases=["2=16"]),
+                validation_fraction=0.2,
             ),
             train=dict(steps=4, global_batch_size=8),
             eval=dict(every=2), checkpoint=dict(every=0), log=dict(trackers=[], every=2), generate=dict(max_tokens=0),

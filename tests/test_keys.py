@@ -45,8 +45,9 @@ def folder(tmp_path_factory):
     (folder / "b.txt").write_text(STORY.upper() * 60)
     (folder / "records.jsonl").write_text("".join(JSONL % (f"story {i} " * 9, f"other {i} " * 9) for i in range(80)))
     (folder / "lines.txt").write_text("".join("x" * (1 + 5 * i % 13) + "\n" for i in range(300)))
-    story = "Ada has {} apples.\nBen gives her two more unhappily.\nNow she has so many more apples.\n\n"
-    (folder / "stories.txt").write_text("".join(story.format(number) for number in range(24)))
+    story = "Ada has {} apples.\nBen gives her {} more unhappily.\nNow she has so many more apples.\n\n"
+    rare = ["".join(np.random.default_rng(n).choice(list("abcdefghijklmno"), 9)) for n in range(48)]  # of several pieces
+    (folder / "stories.txt").write_text("".join(story.format(*rare[2 * n : 2 * n + 2]) for n in range(24)))
     labelled = [
         {"text": f"one text {i % 5}", "body": f"another {i} one", "third": "a third", "label": "xy"[i % 2], "tag": "uv"[i % 3 > 0],
          "number": i % 2, "answers": {"text": ["another"], "answer_start": [0]}} for i in range(80)
@@ -326,7 +327,7 @@ KEYS = {
     "data.task": (stream, "multilabel", *LABELLED),
     "data.masking.rate": (stream, 0.4, *MASKED),
     "data.masking.max_predictions": (stream, 1, *MASKED),
-    "data.masking.whole_words": (stream, True, *MASKED),
+    "data.masking.whole_words": (stream, True, *MASKED, "data.masking.rate=0.5"),
     "data.masking.redraw": (stream, False, *MASKED),
     "data.masking.next_sentence": (stream, False, *MASKED),
     "data.masking.short_rows": (stream, 0.9, *MASKED),
@@ -341,7 +342,7 @@ KEYS = {
     "data.buckets": (stream, "8", *LABELLED),
     "data.pack_texts": (stream, True, *LABELLED),
     "data.stride": (stream, 3, *QUESTIONS),
-    "data.answer_length": (answered, 25, *QUESTIONS),
+    "data.answer_length": (answered, 5, *QUESTIONS),
     "data.shuffle": (stream, False),
     "data.validation_fraction": (stores, 0.2),
     "data.validation_split": (stores, "tail", "data.separator=\n\n"),

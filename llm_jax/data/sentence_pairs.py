@@ -77,8 +77,9 @@ def make_pairs(sentences: Sentences, length: int, cfg: MaskingConfig, seed: int,
     """
     if cfg.next_sentence and len(sentences.bounds) < 3:
         raise DataError(
-            "data.masking.next_sentence needs at least two documents, and the training data are one; set "
-            "data.separator to what divides them (a blank line: '\\n\\n'), or next_sentence to False"
+            "data.masking.next_sentence needs at least two documents on each side of the validation split, and there "
+            f"are {len(sentences.bounds) - 1}; set data.separator to what divides them (a blank line: '\\n\\n'), raise "
+            "data.validation_fraction, or set next_sentence to False"
         )
     return _Maker(sentences, length, cfg, seed, copy).pairs()
 

@@ -56,7 +56,8 @@ def adopt(cfg: Config) -> Config:
     if cfg.data.task in HEADS:
         fitting = HEADS[cfg.data.task]
         plain = cfg.data.task == "masked" and not cfg.data.masking.next_sentence
-        changes["head"] = fitting[-1] if plain else fitting[0]
+        theirs = under_head(theirs, fitting[-1] if plain else fitting[0])
+        changes.pop("head", None)
     data = dataclasses.replace(cfg.data, tokenizer=tokenizer_of(cfg, folder))
     return dataclasses.replace(cfg, model=dataclasses.replace(theirs, **changes), data=data)
 
@@ -130,8 +131,22 @@ def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
 
 def under_their_head(ours: Any, theirs: Any) -> Any:
     """Our model as it would be with the checkpoint's own head, and without adapters: stacked and padded as ours is."""
-    heads = {name: getattr(theirs, name) for name in ("head", "head_form", "num_labels") if hasattr(theirs, name)}
+    heads = {name: getattr(theirs, name) for name in ("head", *READ_BY) if hasattr(theirs, "head")}
     return dataclasses.replace(ours, lora=type(ours.lora)(), **heads)
+
+
+# Keys of an encoder that some heads alone read.
+READ_BY = {
+    "num_labels": ("text", "token"), "head_dropout": ("text", "token"), "head_form": ("text", "token", "pooled"),
+    "head_pooling": ("text", "pooled"), "tie_embeddings": ("masked", "masked_pairs"),
+}  # fmt: skip
+
+
+def under_head(theirs: Any, head: str) -> Any:
+    """A checkpoint's model with another head, without what its own head alone had to say."""
+    default = type(theirs)()
+    unread = {name: getattr(default, name) for name, heads in READ_BY.items() if head not in heads}
+    return dataclasses.replace(theirs, head=head, **unread)
 
 
 def merged(params: Any, arrays: Mapping[str, Any]) -> Any:
