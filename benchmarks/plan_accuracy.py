@@ -7,8 +7,8 @@ model that times ours. `benchmarks/plan_peer.py` makes those texts, in an enviro
 `pip install "maxtext[tpu]==0.2.5"` (Python 3.12); a row without its text is left out and said so. Rows of GPUs are
 published runs of MaxText too, timed on our step for the same setting, for there the plugin compiles in seconds.
 
-The constants of llm_jax/plan/cost.py were fitted on the rows marked "fitted" (v5p, H100) alone. `--write` puts the table
-into launch/planning.md.
+The constants of llm_jax/plan/cost.py were fitted on the rows marked "fitted" (v5p, H100) alone. `--write` puts the
+table into launch/planning.md.
 """
 
 import argparse
@@ -80,8 +80,8 @@ ROWS = (
         text="v5e_32b", mesh=(("fsdp", 256),)),
     Row("LLaMA-3.1 8B", "v6e:16x16", 4.546, f"{RECIPES}/trillium/Llama3.1-8B-MaxText/v6e-256", "as published",
         text="v6e_8b", mesh=(("fsdp", 256),)),
-    Row("LLaMA-3.1 70B", "v6e:16x16", 4 * 8192 / 960, "MaxText, docs/reference/models/tiering.md", "960 tokens/s a chip",
-        text="v6e_70b", mesh=(("fsdp", 256),)),
+    Row("LLaMA-3.1 70B", "v6e:16x16", 4 * 8192 / 960, "MaxText, docs/reference/models/tiering.md",
+        "960 tokens/s a chip", text="v6e_70b", mesh=(("fsdp", 256),)),
     Row("Mixtral 8x7B", "v6e:16x16", 13.484, f"{RECIPES}/trillium/Mixtral-8x7B-MaxText", "as published",
         text="v6e_mixtral", mesh=(("fsdp", 256),)),
     Row("LLaMA-3.1 70B", "tpu7x:4x4x4", 2 * 2 * 8192 / 2687, f"{RECIPES}/ironwood/llama3.1-70b/8k-bf16-tpu7x-4x4x4",
@@ -125,7 +125,18 @@ def predict(row: Row, texts: Path) -> Times | None:
 
 def table(texts: Path) -> tuple[str, str]:
     """The table, and what it says of the rows that were not fitted."""
-    head = ["run", "machine", "published, s", "predicted, s", "error", "matrix", "kernels", "memory", "network", "source"]
+    head = [
+        "run",
+        "machine",
+        "published, s",
+        "predicted, s",
+        "error",
+        "matrix",
+        "kernels",
+        "memory",
+        "network",
+        "source",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     errors = []
     for row in ROWS:

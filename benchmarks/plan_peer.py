@@ -75,7 +75,8 @@ RECIPES = {
     "v6e_mixtral": (
         "v6e-256",
         f"model_name=mixtral-8x7b per_device_batch_size=12 max_target_length=4096 {OFFLOADED} out_proj=offload "
-        "sa_block_q=2048 sa_block_q_dkv=2048 sa_block_q_dq=2048 megablox=False sparse_matmul=False capacity_factor=1.25",
+        "sa_block_q=2048 sa_block_q_dkv=2048 sa_block_q_dq=2048 megablox=False sparse_matmul=False "
+        "capacity_factor=1.25",
         f"--xla_tpu_scoped_vmem_limit_kib=81920 {OVERLAP}",
     ),
     "tpu7x_70b": (

@@ -130,6 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = Commands(parser)
     train = commands.add("train", train_command, "train a model, or go on with a run that was stopped", config=True)
     train.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME of the config)")
+    train.add_argument("--executable", default="", metavar="FILE",
+                       help="the compiled step that plan --save_executable wrote for these devices")  # fmt: skip
     only = train.add_mutually_exclusive_group()
     only.add_argument("--dry_run", action="store_true",
                       help="print what would run (config, parameters, mesh, memory, FLOPs) and stop")  # fmt: skip
@@ -269,7 +271,7 @@ def train_command(args: argparse.Namespace) -> int:
     elif args.dry_run:
         print(train.describe(cfg))
     else:
-        train.train(cfg, workdir)
+        train.train(cfg, workdir, args.executable)
     return 0
 
 

@@ -22,7 +22,7 @@ def times_of(*lines: str, computations: str = "", machine: str = "v5e:2x2"):
 def work(name: str, seconds: float, operands: str = "%a") -> str:
     """An instruction that takes so long on v5e, by the compiler."""
     cycles = round(seconds * 1.5e9)
-    return f'%{name} = f32[1]{{0}} negate({operands}), backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    return f'%{name} = f32[1]{{0}} negate({operands}), backend_config={{"estimated_cycles":"{cycles}"}}'
 
 
 PIECE = "%a = f32[1000000]{0} parameter(0)"

@@ -19,12 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import llm_jax
 from llm_jax.backend import cache_folder
 from llm_jax.config import to_dict
 from llm_jax.errors import UserError
 from llm_jax.plan import hlo, worker
 from llm_jax.plan.setting import Setting
+from llm_jax.training.executable import source_fingerprint
 
 POLL = 0.2  # seconds between looks at a process
 
@@ -101,7 +101,7 @@ class Job:
     def result(self) -> Compiled:
         result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         program = self.folder / "program.txt.gz"
-        text = gzip.open(program, "rt", encoding="utf-8").read() if program.exists() else ""
+        text = gzip.decompress(program.read_bytes()).decode() if program.exists() else ""
         return Compiled(result, text)
 
     def stop(self) -> None:
@@ -137,18 +137,6 @@ def fingerprint(request: dict[str, Any]) -> str:
             continue
     parts.append(os.environ.get("TPU_LIBRARY_PATH", ""))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-
-def source_fingerprint() -> str:
-    """Of the code that makes the step: a change to it makes another program."""
-    root = Path(llm_jax.__file__).parent
-    digest = hashlib.sha256()
-    for part in ("config", "kernels", "models", "objectives", "training"):
-        for file in sorted((root / part).rglob("*.py")):
-            digest.update(file.read_bytes())
-    for name in ("sharding.py", "precision.py", "rng.py", "backend.py"):
-        digest.update((root / name).read_bytes())
-    return digest.hexdigest()
 
 
 def require_compiler(setting: Setting) -> None:

@@ -17,9 +17,9 @@ from llm_jax.plan.hlo import Computation, Instruction, Program
 from llm_jax.plan.network import Placed
 
 FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier domain "
-    "copy-start copy-done async-update add-dependency iota".split()
-)
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+     "opt-barrier", "domain", "copy-start", "copy-done", "async-update", "add-dependency", "iota")
+)  # fmt: skip
 HOST = 5  # memory space of the host
 HOST_BANDWIDTH = 15e9  # bytes/s of a device to its host's memory: PCIe, shared by the chips of a host
 
@@ -45,7 +45,7 @@ class Constants:
     launch: float
 
 
-# Fitted on the v5p rows, and on the H100 rows, of benchmarks/plan_accuracy.py; all other machines take them as they are.
+# Fitted on the v5p and the H100 rows of benchmarks/plan_accuracy.py; all other machines take them as they are.
 TPU = Constants(1.0, 1.0, 0.8, 0.8, {"attention": 0.5, "attention backward": 0.5, "grouped product": 0.65}, 0.0)
 GPU = Constants(1.0, 0.72, 0.85, 0.75, {"attention": 0.6, "attention backward": 0.5, "grouped product": 0.6}, 3e-6)
 
@@ -176,8 +176,10 @@ class Walk:
         found = network.collective(moving, inside, self.on, self.constants.links)
         if not found.axes:
             return
-        if found.kind == "all-reduce" and any(part.opcode == "dynamic-slice" for part in inside.values()) and (
-            moving is not one
+        if (
+            found.kind == "all-reduce"
+            and any(part.opcode == "dynamic-slice" for part in inside.values())
+            and (moving is not one)
         ):  # each device keeps its piece: how a TPU program writes a reduce-scatter
             found = dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2, seconds=found.seconds / 2)
         key = (found.kind, found.axes)

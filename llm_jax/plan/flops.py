@@ -101,7 +101,9 @@ def kernel_flops(one: Instruction, computation: Computation) -> tuple[str, float
         return ("attention backward" if backward else "attention"), cudnn_flops(5 if backward else 2, one, shapes)
     for word, products in ATTENTION:
         if word in name:
-            fused = products == 4 and re.search(r'use_fused_bwd_kernel\W+true', one.rest)  # with the gradient of queries
+            fused = products == 4 and re.search(
+                r"use_fused_bwd_kernel\W+true", one.rest
+            )  # with the gradient of queries
             kind = "attention backward" if products > 2 else "attention"
             return kind, splash_flops(5 if fused else products, shapes)
     matrices = [s for s in shapes if s.dtype in ("bf16", "f32", "f8e4m3fn", "f8e5m2", "s8") and len(s.dims) >= 2]

@@ -120,8 +120,8 @@ def topology(text: str, slices: int = 1) -> Topology:
     return Topology(hardware, shape, slices)
 
 
-# Of a card, what XLA's description asks for: (streaming multiprocessors, GHz at boost, shared memory of one in bytes, L2
-# cache in bytes, float32 units of one, compute capability). From NVIDIA's architecture papers and tuning guides.
+# Of a card, what XLA's description asks for: (streaming multiprocessors, GHz at boost, shared memory of one in bytes,
+# L2 cache in bytes, float32 units of one, compute capability). From NVIDIA's architecture papers and tuning guides.
 CARDS = {
     "a100": (108, 1.41, 167_936, 40 * 2**20, 64, (8, 0)),
     "h100": (132, 1.98, 233_472, 50 * 2**20, 128, (9, 0)),

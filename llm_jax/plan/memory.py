@@ -93,7 +93,18 @@ def largest_tensors(program: Program, count: int = 8) -> list[tuple[int, str, st
 
 def short_name(op_name: str) -> str:
     """The part of JAX's name for an operation that says where in the model it is."""
-    dropped = ("jit(", "jvp(", "transpose(", "while", "body", "closed_call", "checkpoint", "eval_jaxpr", "cond", "shard_map")
+    dropped = (
+        "jit(",
+        "jvp(",
+        "transpose(",
+        "while",
+        "body",
+        "closed_call",
+        "checkpoint",
+        "eval_jaxpr",
+        "cond",
+        "shard_map",
+    )
     parts = [part for part in op_name.split("/") if not part.startswith(dropped) and "Decoder" not in part]
     backward = " (backward)" if "transpose(" in op_name else ""
     return "/".join(parts[-3:]) + backward if parts else ""

@@ -69,11 +69,11 @@ def kind_of(one: Instruction) -> str:
     return name if name in KINDS else MIXED.get(name, "")
 
 
-def collective(
-    one: Instruction, computation: Computation, on: Placed, efficiency: float
-) -> Collective:
-    """What a collective instruction moves, and in how many seconds; `efficiency`: the share of its links' bandwidth that
-    a collective reaches."""
+def collective(one: Instruction, computation: Computation, on: Placed, efficiency: float) -> Collective:
+    """What a collective instruction moves, and in how many seconds.
+
+    `efficiency`: the share of its links' bandwidth that a collective reaches.
+    """
     kind = kind_of(one)
     groups = device_groups(one.rest, len(on.places), kind == "collective-permute")
     given = sum(computation[name].bytes for name in one.operands if name in computation)

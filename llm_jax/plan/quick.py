@@ -20,11 +20,13 @@ from llm_jax.plan.setting import Setting
 from llm_jax.sharding import HOST_MEMORY
 
 WEIGHT = 2  # bytes of a number in the compute dtype, bfloat16
-# Share of the peak that the compilers' own estimates reach in matrix products of this size.
-MATRIX = {"v4": 0.80, "v5e": 0.84, "v5p": 0.80, "v6e": 0.64, "tpu7x": 0.72}
+# Share of the peak that the compilers' own estimates reach in matrix products. v6e: with its default of fast memory.
+MATRIX = {"v4": 0.80, "v5e": 0.84, "v5p": 0.79, "v6e": 0.25, "tpu7x": 0.72}
 HIDDEN = {"v4": 0.0, "v5p": 0.0, "tpu7x": 0.5, "v5e": 0.8, "v6e": 0.5}  # of the weights' gathering; GPUs: 0.6
 GPU_HIDDEN = 0.6
-PASSES = {"tpu": 40.0, "gpu": 60.0}  # times that a layer's activations go through memory
+LANES = 128  # of a TPU's vector registers
+PASSES = {"tpu": 140.0, "gpu": 60.0}  # times that a layer's activations go through memory
+PASSES_EXPERTS = 2.4  # as many again: rows are sorted, copied and put back
 PASSES_SAVED = 6.0  # and what is kept for the backward pass: stacked, read back
 
 
@@ -124,9 +126,9 @@ def temporaries(setting: Setting, size: Sizes) -> float:
     return max(inside + weights, 2 * logits / vocab_parts(setting)) + head * HEAD_BYTES
 
 
-INSIDE_WIDTH, INSIDE_HEADS, INSIDE_MLP = 8.0, 8.0, 5.0  # copies of each that are alive at the fullest moment
-WEIGHT_COPIES = 2.0  # gathered weights, and their gradient before it is scattered
-HEAD_BYTES = 8  # gathered head and embedding, and the head's gradient
+INSIDE_WIDTH, INSIDE_HEADS, INSIDE_MLP = 6.0, 6.0, 4.0  # copies of each that are alive at the fullest moment
+WEIGHT_COPIES = 1.6  # gathered weights, and their gradient before it is scattered
+HEAD_BYTES = 6  # a number of the gathered head, and of its gradient
 
 
 def layer_weights(setting: Setting, size: Sizes) -> float:
@@ -180,7 +182,10 @@ def times(setting: Setting, size: Sizes) -> Times:
 
 
 def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tuple[float, float]]:
-    """({"dense", "experts"}: matrix products, attention kernels forward and backward) of a device and step, with what is computed again."""
+    """({"dense", "experts"}: matrix products, (attention kernels forward, backward)) of a device and step.
+
+    What is computed again counts again.
+    """
     model, tokens = setting.cfg.model, size.tokens * size.micro
     qkv, out = 2 * size.width * (size.heads + 2 * size.kv), 2 * size.width * size.heads
     up, down = 2 * size.width * size.mlp * (1 + size.gated), 2 * size.width * size.mlp
@@ -199,7 +204,9 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     dense = tokens * (size.layers * (layer + (0 if experts else mlp)) + head)
     visible = setting.cfg.data.sequence_length / 2
     once = 4 * size.heads * visible * tokens * size.layers
-    backward = 3.5 if setting.machine.hardware.tpu else 2.5  # times the forward's: queries' and keys' gradients apart, or not
+    backward = (
+        3.5 if setting.machine.hardware.tpu else 2.5
+    )  # times the forward's: queries' and keys' gradients apart, or not
     kernels = once * (1 if model.remat == "none" else 2), once * backward
     return {"dense": dense, "experts": tokens * size.layers * mlp if experts else 0.0}, kernels
 
@@ -208,7 +215,8 @@ def memory_seconds(setting: Setting, size: Sizes, constants: Constants) -> float
     """Operations on whole activations, and the optimizer's pass over the state."""
     hardware, model = setting.machine.hardware, setting.cfg.model
     numbers = size.width / size.residual + size.rows * size.mlp * 0.2 + size.heads * 0.5
-    numbers = PASSES["tpu" if hardware.tpu else "gpu"] * numbers + PASSES_SAVED * sum(kept(model, size).values())
+    passes = PASSES["tpu" if hardware.tpu else "gpu"] * (PASSES_EXPERTS if model.moe.num_experts else 1.0)
+    numbers = passes * numbers + PASSES_SAVED * sum(kept(model, size).values())
     moved = numbers * size.tokens * size.micro * size.layers * item_bytes(setting)
     state = setting.state_bytes()
     moved += 2 * (state["parameters"] + state["optimizer"]) + state["gradients"]
@@ -223,7 +231,9 @@ def network(setting: Setting, size: Sizes, constants: Constants, found: Times) -
     turns = size.micro * (setting.layout.stage_microbatches if setting.layout.stages > 1 else 1)
     hidden = HIDDEN.get(setting.machine.hardware.name, GPU_HIDDEN)
     if setting.mesh["fsdp"] > 1:
-        add(found, on, constants, "all-gather", ("fsdp",), 2 * turns * weights, hidden, busy)
+        # TPU programs gather pieces narrower than a vector register by a sum over arrays of zeros: twice the bytes.
+        narrow = setting.machine.hardware.tpu and size.width // setting.mesh["fsdp"] < LANES
+        add(found, on, constants, "all-gather", ("fsdp",), 2 * turns * weights * (1 + narrow), hidden, busy)
         add(found, on, constants, "reduce-scatter", ("fsdp",), turns * weights, hidden / 2, busy)
     if setting.mesh["data"] > 1:
         shard = weights / setting.mesh["fsdp"]
@@ -241,7 +251,7 @@ def add(
     found: Times, on: Placed, constants: Constants, kind: str, axes: tuple[str, ...], whole: float, hidden: float,
     busy: float,
 ) -> None:  # fmt: skip
-    """A collective of `whole` bytes over mesh axes, of which the share `hidden` runs beside work, if there is enough."""
+    """A collective of `whole` bytes over mesh axes; the share `hidden` of it runs beside work, if there is enough."""
     devices = np.arange(len(on.places)).reshape(tuple(on.mesh.values()))
     over = [list(on.mesh).index(axis) for axis in axes]
     groups = np.moveaxis(devices, over, range(-len(over), 0)).reshape(-1, math.prod(on.mesh[axis] for axis in axes))
@@ -251,4 +261,3 @@ def add(
     moved = Moved(1, whole * share, time, waited)
     found.moved.setdefault((kind, varying_axes(groups, on.mesh)), Moved()).add(moved, 1)
     found.waited += waited
-

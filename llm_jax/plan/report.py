@@ -167,7 +167,8 @@ def misfit(setting: Setting, needed: float, tensors: Sequence[tuple[float, str]]
     much = f"it needs {needed / GIB:.1f} GiB of each device's {room / GIB:.1f}, {(needed - room) / GIB:.1f} too many"
     rows = [(name, f"{size / GIB:.2f}") for size, name in tensors[:8]]
     parts = [
-        f"{setting.cfg.name} does not fit on {setting.machine}: {much if needed == needed else 'its compiler refuses it'}",
+        f"{setting.cfg.name} does not fit on {setting.machine}: "
+        + (much if needed == needed else "its compiler refuses it"),
         table("largest tensors of a device, GiB (reckoned)", rows),
     ]
     if good:
@@ -185,8 +186,9 @@ def ranking(cfg: Config, tried: Sequence[Tried]) -> str:
     for place, one in enumerate(tried, 1):
         good = one.found if one.found and not one.why_not else None
         seconds = f"{good.times.total:.3f}" if good else one.why_not[:40]
-        rows.append((str(place), seconds, f"{one.candidate.seconds:.3f}", f"{good.memory.total / GIB:.1f}" if good else "-",
-                     override_lines(differing(cfg, one.candidate.changes)) or "as it is"))  # fmt: skip
+        memory = f"{good.memory.total / GIB:.1f}" if good else "-"
+        changes = override_lines(differing(cfg, one.candidate.changes)) or "as it is"
+        rows.append((str(place), seconds, f"{one.candidate.seconds:.3f}", memory, changes))
     return table("candidates, compiled", rows)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +107,3 @@ def slices_note(setting: Setting) -> str:
         f"mesh.across_slices says {given} {what} and there are {domains}: name the axis that goes over them, as "
         f"--config.mesh.across_slices=data={domains}, or neighbours on the mesh may lie in different ones"
     )
-
-
-def as_plain(value: Any) -> Any:
-    """For JSON: numpy and JAX numbers as Python's."""
-    return value.item() if hasattr(value, "item") else value

@@ -7,7 +7,6 @@ may end the one it is in, and because several can run beside one another.
 import gzip
 import json
 import os
-import pickle
 import resource
 import sys
 import time
@@ -42,7 +41,8 @@ def compile_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     from llm_jax.backend import compiler_options
     from llm_jax.config import from_dict
     from llm_jax.plan.hardware import topology
-    from llm_jax.training.lower import lower_step
+    from llm_jax.training import executable
+    from llm_jax.training.lower import batch_shapes, lower_step
 
     cfg = from_dict(request["config"])
     machine = topology(request["topology"], request["slices"])
@@ -69,7 +69,8 @@ def compile_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     with gzip.open(folder / "program.txt.gz", "wt", encoding="utf-8", compresslevel=3) as stream:
         stream.write(text)
     if request["save"]:
-        save(compiled, Path(request["save"]))
+        made_from = executable.fingerprint(cfg, devices, batch_shapes(cfg, layout))
+        executable.save(Path(request["save"]), compiled, made_from)
     stats = compiled.memory_analysis()
     names = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_temp")
     return result | {
@@ -112,14 +113,6 @@ def compiler_version(tpu: bool) -> str:
         except PackageNotFoundError:
             continue
     return "libtpu" if tpu else "the CUDA plugin"
-
-
-def save(compiled: Any, file: Path) -> None:
-    """The compiled step for `train`, with what has to agree where it is loaded."""
-    from jax.experimental.serialize_executable import serialize
-
-    program, inputs, outputs = serialize(compiled)
-    file.write_bytes(pickle.dumps((program, inputs, outputs)))
 
 
 if __name__ == "__main__":

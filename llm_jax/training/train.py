@@ -29,7 +29,7 @@ from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.base import Objective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import checkpoint, optim, pretrained, report, run_folder
+from llm_jax.training import checkpoint, executable, optim, pretrained, report, run_folder
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
 from llm_jax.training.evaluate import Evaluator, Judge, make_evaluator
@@ -55,6 +55,7 @@ class Run:
     checkpoints: checkpoint.Checkpointer
     start: checkpoint.Start
     out: metrics.Metrics
+    executable: str = ""  # a compiled step to load; "": it is compiled
 
     @property
     def flops(self) -> flops.Flops:
@@ -64,12 +65,13 @@ class Run:
         )
 
 
-def train(cfg: Config, workdir: str) -> None:
+def train(cfg: Config, workdir: str, step_file: str = "") -> None:
     """Train as `cfg` says, in `workdir`; go on where an earlier session of the same run stopped.
 
     Args:
       cfg: checked (`config.check`).
       workdir: absolute path of the run's folder, on every process the same.
+      step_file: of the compiled step that `llm-jax plan --save_executable` wrote for these devices.
 
     Raises:
       UserError: what was asked for cannot be done; nothing was changed.
@@ -79,7 +81,7 @@ def train(cfg: Config, workdir: str) -> None:
     distributed.initialize()
     distributed.assert_same_everywhere("config or code", same_on_all_hosts(cfg))
     with contextlib.ExitStack() as stack:
-        run = open_run(cfg, workdir, stack)
+        run = dataclasses.replace(open_run(cfg, workdir, stack), executable=step_file)
         run.out.say(run.start.how)
         run.out.say(report.cost_line(run.model, run.cfg, run.flops))
         state = loop(run, stack)
@@ -192,7 +194,7 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
         shape = batch["tokens"].shape
         if shape not in compiled:
             told.pause()
-            compiled[shape] = compile_step(train_step, state, batch, run.out)
+            compiled[shape] = compile_step(train_step, state, batch, run)
             told.pause()
         profiler.before(i)
         state, values = compiled[shape](state, batch)
@@ -262,14 +264,19 @@ def evaluated(state: TrainState) -> Any:
     return state.params if state.ema is None else state.ema
 
 
-def compile_step(train_step: Any, state: TrainState, batch: Any, out: metrics.Metrics) -> Any:
+def compile_step(train_step: Any, state: TrainState, batch: Any, run: Run) -> Any:
     began = time.monotonic()
+    lowered = train_step.lower(state, batch)
+    if run.executable:
+        compiled = executable.load(run.executable, lowered, executable.fingerprint(run.cfg, jax.devices(), batch))
+        run.out.say(f"loaded the step from {run.executable} in {time.monotonic() - began:.1f} s")
+        return compiled
     options = compiler_options(jax.default_backend())
     with warnings.catch_warnings():
         if options:  # programs with oneDNN's products cannot be written into the compile cache
             warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
-        compiled = train_step.lower(state, batch).compile(compiler_options=options)
-    out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
+        compiled = lowered.compile(compiler_options=options)
+    run.out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
 
