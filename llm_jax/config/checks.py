@@ -206,7 +206,7 @@ def check_disentangled(model: EncoderConfig) -> None:
             raise refuse(f"model.{key}", value, reason, f"set {key}={needed[0]}")
     buckets = model.relative_buckets
     if buckets % 4 or model.relative_max_distance <= buckets // 4 + 1:
-        reason = f"a quarter of the buckets is exact on each side, up to model.relative_max_distance = "
+        reason = "a quarter of them is exact on each side, up to model.relative_max_distance = "
         reason += str(model.relative_max_distance)
         raise refuse("model.relative_buckets", buckets, reason, "give a multiple of 4, and a larger distance")
 

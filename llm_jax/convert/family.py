@@ -5,13 +5,21 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from llm_jax.config import DecoderConfig, DropoutConfig, EncoderConfig, MoEConfig, RopeConfig, TransformerConfig, from_dict
+from llm_jax.config import (
+    DecoderConfig,
+    DropoutConfig,
+    EncoderConfig,
+    MoEConfig,
+    RopeConfig,
+    TransformerConfig,
+    from_dict,
+)
 from llm_jax.config.checks import check_model
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Rule, matches
+from llm_jax.errors import ConfigError, UserError
 from llm_jax.models.attention import query_dim
 from llm_jax.models.kinds import layer_words
-from llm_jax.errors import ConfigError, UserError
 
 
 @dataclasses.dataclass(frozen=True)

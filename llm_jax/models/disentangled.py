@@ -1,4 +1,4 @@
-"""Disentangled attention (DeBERTa, arXiv 2006.03654, section 3.1): scores of content to position and position to content.
+"""Disentangled attention (DeBERTa, arXiv 2006.03654, section 3.1): contents have scores with positions, and back.
 
 Letters: b batch, t queries, s keys, n heads, h head size, r relative positions.
 """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from llm_jax.config import EncoderConfig
 from llm_jax.kernels.cross_entropy import capped_logits
 from llm_jax.kernels.elementwise import GATED, activate
-from llm_jax.models.decoder import padded_vocab, possible_ids
+from llm_jax.models.decoder import possible_ids
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init, named, product
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
@@ -75,7 +75,7 @@ def head_activation(cfg: EncoderConfig) -> str:
 
 
 class MaskedHead(nn.Module):
-    """norm(act(x W + b)) E^T + c with the embedding E (arXiv 1810.04805, appendix A.2): (B, P, D) to logits (B, P, V)."""
+    """norm(act(x W + b)) E^T + c with the embedding E (arXiv 1810.04805, appendix A.2): (B, P, D) to (B, P, V)."""
 
     cfg: EncoderConfig
     layout: Layout

@@ -8,9 +8,9 @@ from llm_jax.config import TransformerConfig
 from llm_jax.config.values import did_you_mean
 from llm_jax.convert.families.bert import BERTS
 from llm_jax.convert.families.deberta import DEBERTAS
+from llm_jax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llm_jax.convert.families.distilbert import DISTILBERTS
 from llm_jax.convert.families.electra import ELECTRAS
-from llm_jax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llm_jax.convert.families.experts import MIXTRAL, QWEN3_MOE
 from llm_jax.convert.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llm_jax.convert.families.gpt2 import GPT2

@@ -34,7 +34,7 @@ def read_deberta(keys: Keys) -> dict[str, Any]:
         ("embedding_size", found["embed_dim"], found["embed_dim"]),
         ("attention_head_size", found["embed_dim"] // found["num_heads"], found["embed_dim"] // found["num_heads"]),
     ):
-        keys.only(name, needed, default=default, reason=f"our disentangled attention, as that of DeBERTa-v3, has {needed}")
+        keys.only(name, needed, default=default, reason=f"our disentangled attention, as DeBERTa-v3's, has {needed}")
     kinds = keys.take("pos_att_type", None) or []
     kinds = kinds.split("|") if isinstance(kinds, str) else kinds
     if sorted(kinds) != ["c2p", "p2c"]:

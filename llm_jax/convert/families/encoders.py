@@ -152,7 +152,8 @@ class Head:
     def read(self, keys: Keys, trunk: dict[str, Any], hidden_dropout: str) -> dict[str, Any]:
         """The keys of `model.*` that are the head's, beside those of its trunk."""
         if self.gelu and trunk["activation"] != "gelu":
-            raise keys.refuse("hidden_act", trunk["activation"], "its head of masked tokens has gelu, and ours that of blocks")
+            reason = "its head of masked tokens has gelu, and ours what the blocks have"
+            raise keys.refuse("hidden_act", trunk["activation"], reason)
         found: dict[str, Any] = {"head": self.head}
         if self.labels:
             found |= {"num_labels": read_labels(keys) if self.labels < 0 else self.labels, "head_form": self.form}
