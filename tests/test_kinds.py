@@ -126,7 +126,7 @@ def test_windows_and_full_layers_see_what_they_should(x64):
         cfg = decoder(layer_pattern=pattern, **sizes)
         params = numbers(build(cfg, dtype="float64"))
         rows = np.where(np.eye(13, 12, dtype=bool), 29, tokens)  # row i has another token i, the last one is as it was
-        last = logits(rows, cfg, params)[:, -1]
+        last = np.asarray(logits(rows, cfg, params))[:, -1]
         depends = (last[:12] != last[12]).any(-1).tolist()
         assert sum(depends) == seen and depends == sorted(depends), pattern
 
