@@ -12,6 +12,7 @@ from llm_jax.config import CheckpointConfig, LoraConfig, OptimConfig, load
 from llm_jax.config.checks import check_model
 from llm_jax.errors import ConfigError, UserError
 from llm_jax.models import lora
+from llm_jax.models.flops import training_flops
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, step
@@ -230,3 +231,21 @@ def test_keys_that_say_nothing_are_refused(item, message):
     rank = ["model.lora.rank=2"] if "regular" in message else []
     with pytest.raises(ConfigError, match=message):
         check_model(load("", [*rank, item]).model)
+
+
+def test_latent_attention_decodes_with_its_adapters(x64):
+    """Its decoding multiplies by the kernels of keys and values themselves where they have no adapters."""
+    cfg = decoder(latent=dict(kv_rank=6, rope_dim=4), lora=RANK | dict(targets=("key_up", "value_up", "query")))
+    model = build(cfg, dtype="float64")
+    params, tokens = numbers(model), packed(2, 6)["tokens"]
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    logits, _ = model.apply_cached(params, {}, tokens, positions, 8)
+    np.testing.assert_allclose(logits, model.apply(params, tokens), rtol=0, atol=1e-12)
+
+
+def test_flops_leave_out_gradients_of_the_base():
+    plain, adapted = build(decoder()), build(decoder(lora=dict(rank=3, targets=("up",))))
+    before = training_flops(plain.cfg, plain.shapes(), plain.axes(), 8)
+    after = training_flops(adapted.cfg, adapted.shapes(), adapted.axes(), 8)
+    assert after.attention == before.attention
+    assert after.matrices == before.matrices * 4 / 6 + 6 * 2 * 3 * (16 + 24)

@@ -21,7 +21,7 @@ class Flops:
 
     Attributes:
       matrices: 6 a parameter that takes part in a product (linear layers and head; a tied table counts as the head; of
-        experts, the top_k that a token goes to).
+        experts, the top_k that a token goes to). 4 where adapters train in its place: it has no gradient.
       attention: 12 a layer, query entry and visible key: scores and weighted sum.
     """
 
@@ -45,13 +45,17 @@ def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) 
     leaves = jax.tree.leaves(shapes)
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads"), ("buckets", "embed")}  # looked up
+    kept = 4.0 if cfg.lora.rank else 6.0  # of a parameter that is no adapter
     matrices = sum(
-        leaf.size * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
+        leaf.size
+        * (6.0 if "adapter" in axis else kept)
+        * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
         for leaf, axis in zip(leaves, names, strict=True)
         if axis not in tables and sum(name not in STACKS for name in axis) >= 2
     )
     if cfg.tie_embeddings and getattr(cfg, "head", "masked") in ("masked", "masked_pairs"):
-        matrices += sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
+        table = sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
+        matrices += kept * table
     visible = 0.0  # keys, over all layers
     for kind in layer_kinds(cfg):
         window = min(cfg.sliding_window, length) if kind.window else length
@@ -60,4 +64,4 @@ def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) 
             visible += 1 + side * (2 * length - side - 1) / length
         else:
             visible += (window * (window + 1) / 2 + (length - window) * window) / length
-    return Flops(6.0 * matrices, 6.0 * cfg.num_heads * (query_dim(cfg) + value_dim(cfg)) * visible)
+    return Flops(matrices, 6.0 * cfg.num_heads * (query_dim(cfg) + value_dim(cfg)) * visible)

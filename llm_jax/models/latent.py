@@ -30,6 +30,7 @@ from llm_jax.models.attention import (
 )
 from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, linear_init
+from llm_jax.models.lora import has_adapter
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -64,7 +65,9 @@ class LatentAttention(nn.Module):
         if cache_length:
             new = {"cached_latent": latent, "cached_key_rope": key_rope}
             latent, key_rope = cached(self, new, shared.mask.query_index, cache_length)
-        if cache_length and self.precision.products == "native":
+        adapted = any(has_adapter(cfg.lora, name) for name in ("key_up", "value_up"))
+        plain = self.precision.products == "native" and not adapted  # their kernels alone are all of them
+        if cache_length and plain:
             # q^T (W_UK c) = (W_UK^T q)^T c and sum p (W_UV c) = W_UV (sum p c): no key or value is ever made.
             query = jnp.einsum("btnh,cnh->btnc", query, self._matrix(key_up, query))
             one_head = latent[:, :, None]
