@@ -1,7 +1,5 @@
 """Pre-training on token files, as the recipes of published models share it: they give a model and their own numbers."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs.machines import fit, model_size
@@ -10,14 +8,14 @@ from configs.machines import fit, model_size
 def on_token_files(
     name: str,
     machine: str,
-    model: dict[str, Any],
+    model: dict,
     *,
     length: int,
     rows: int = 1_024,
     tokens: int,
     learning_rate: float,
     mask_documents: bool = False,
-    optim: dict[str, Any] | None = None,
+    optim: dict | None = None,
 ) -> ConfigDict:
     """The config of one model on a machine of configs/machines.py.
 
