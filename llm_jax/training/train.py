@@ -237,7 +237,7 @@ def with_vocabulary(cfg: Config, size: int, num_devices: int) -> Config:
 
 def with_labels(cfg: Config, stores: Sequence[Any]) -> Config:
     """`cfg` with a head of as many outputs as the labelled data have labels; without stores, a guess."""
-    if cfg.data.task not in LABELLED_TASKS:
+    if cfg.data.task not in LABELLED_TASKS or cfg.data.task == "similarity":  # which has no scores
         return cfg
     names = stores[0].names if stores else cfg.data.columns.names or ("?", "?")
     found = labelled.num_labels(cfg.data, names)
