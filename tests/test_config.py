@@ -107,7 +107,7 @@ def test_later_overrides_win():
         ("model.rope.base.x=3", ["model.rope.base is one value"]),
         ("data.mixture=3", ["data.mixture.NAME.path"]),
         ("data.mixture.a b.path=x", ["letters, digits"]),
-        ("model.family=encoder", ["no such model family", "decoder"]),
+        ("model.family=decodr", ["no such model family", "decoder"]),
         ("train.steps", ["lacks its key or value", "train.steps=VALUE"]),
         ("=3", ["lacks its key or value", "KEY=VALUE"]),
         ("norms.x=3", ["norms.x = '3'", "no such key"]),
