@@ -64,7 +64,7 @@ def remedies(setting: Setting) -> list[Candidate]:
     if cfg.model.remat == "full":
         single.append({"model.remat": "names", "model.remat_save": ("layer_input=host",)})
     single.append({"train.global_batch_size": cfg.train.global_batch_size // 2})
-    found = [one for changes in single if (one := possible(setting, changes)) is not None and one.fits]
+    found = unlike([one for changes in single if (one := possible(setting, changes)) is not None and one.fits])
     if len(found) < WANTED:  # two at once
         pairs = [a | b for i, a in enumerate(single) for b in single[i + 1 :] if not a.keys() & b.keys()]
         found += [one for changes in pairs if (one := possible(setting, changes)) is not None and one.fits]
