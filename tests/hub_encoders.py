@@ -70,8 +70,10 @@ CASES = {  # name: (transformers' model, the values of its config)
     "ModernBertForTokenClassification": (
         "ModernBert", "ForTokenClassification", MODERNBERT | dict(num_hidden_layers=4, num_labels=4),
     ),
-    "ModernBertForQuestionAnswering": ("ModernBert", "ForQuestionAnswering", MODERNBERT),
-    "ModernBertModel": ("ModernBert", "Model", MODERNBERT | dict(num_hidden_layers=1)),
+    "ModernBertForQuestionAnswering": (
+        "ModernBert", "ForQuestionAnswering", MODERNBERT | dict(num_hidden_layers=1),
+    ),
+    "ModernBertModel": ("ModernBert", "Model", MODERNBERT),
 }  # fmt: skip
 
 
@@ -90,3 +92,8 @@ def stored(name: str) -> tuple[dict, dict[str, np.ndarray]]:
 def checkpoint(folder: pathlib.Path, name: str, **options) -> pathlib.Path:
     config, arrays = stored(name)
     return hub_models.write(folder, config, arrays, **options)
+
+
+def architecture(name: str) -> str:
+    kind, form, _ = CASES[name]
+    return kind + form

@@ -1,4 +1,4 @@
-"""Writes encoder_models.json and encoder_outputs.npz: what transformers makes of the tiny models of tests/hub_encoders.py.
+"""Writes encoder_models.json and encoder_outputs.npz: what transformers makes of the models of tests/hub_encoders.py.
 
     PYTHONPATH=.:tests python tests/golden/make_encoder_references.py
 """

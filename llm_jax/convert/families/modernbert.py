@@ -96,7 +96,8 @@ def modernbert_rules(cfg: EncoderConfig, prefix: str) -> Iterator[Rule]:
     theirs, ours, says = f"{prefix}layers.{{layer}}", "stack/{layer}", function_of(cfg)
     yield Rule.of(f"{prefix}embeddings.tok_embeddings.weight", "embedding/table")
     yield from norm(f"{prefix}embeddings.norm", "embedding_norm", bias=False)
-    yield from norm(f"{theirs}.attn_norm", f"{ours}/attention_norm", bias=False)
+    if cfg.num_layers > 1:  # the first has none
+        yield from norm(f"{theirs}.attn_norm", f"{ours}/attention_norm", bias=False)
     projections = [f"{ours}/attention/{name}" for name in ("query", "key", "value")]
     yield from fused_linear(f"{theirs}.attn.Wqkv", projections, (cfg.embed_dim,) * 3, bias=False)
     yield from linear(f"{theirs}.attn.Wo", f"{ours}/attention/out", bias=False)
