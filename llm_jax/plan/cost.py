@@ -46,7 +46,7 @@ class Constants:
 
 
 # Fitted on the v5p and the H100 rows of benchmarks/plan_accuracy.py; all other machines take them as they are.
-TPU = Constants(1.0, 1.0, 0.8, 0.8, {"attention": 0.5, "attention backward": 0.5, "grouped product": 0.65}, 0.0)
+TPU = Constants(0.9, 1.0, 0.8, 0.8, {"attention": 0.5, "attention backward": 0.5, "grouped product": 0.65}, 0.0)
 GPU = Constants(1.0, 0.72, 0.85, 0.75, {"attention": 0.6, "attention backward": 0.5, "grouped product": 0.6}, 3e-6)
 
 

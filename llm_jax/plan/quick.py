@@ -168,9 +168,9 @@ def times(setting: Setting, size: Sizes) -> Times:
     reached = constants.kernels
     attention = kernels[0] / reached["attention"] + kernels[1] / reached["attention backward"]
     found = Times(
-        matrix=products["dense"] / (machine.hardware.flops * share),
+        matrix=products["dense"] / (machine.hardware.flops * share) * constants.cycles,
         kernel=(attention + products["experts"] / reached["grouped product"]) / machine.hardware.flops,
-        memory=memory_seconds(setting, size, constants),
+        memory=memory_seconds(setting, size, constants) * constants.cycles,
         flops=products["dense"] + products["experts"] + sum(kernels),
     )
     network(setting, size, constants, found)
