@@ -20,8 +20,10 @@ FUSED = (
 V5P = (
     "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true "
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true "
-    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true "
-    "--xla_sc_disable_megacore_partitioning=true --xla_tpu_use_tc_device_shape_on_sc=true "
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
+)
+V5P_SPARSE_CORE = (
+    f"{V5P} --xla_sc_disable_megacore_partitioning=true --xla_tpu_use_tc_device_shape_on_sc=true "
     "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"
 )
@@ -53,7 +55,7 @@ RECIPES = {
     "v5p_32b": (
         "v5p-128",
         f"{SCALED} per_device_batch_size=6 remat_policy=minimal global_parameter_scale=32 ici_tensor_parallelism=4",
-        V5P,
+        V5P_SPARSE_CORE,
     ),
     "v5p_64b": (
         "v5p-128",
