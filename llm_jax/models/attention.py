@@ -4,20 +4,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.config import TransformerConfig
+from llm_jax.config import RopeConfig, TransformerConfig
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.disentangled import TERMS, disentangled_bias
 from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
-from llm_jax.models.positions import rotate
+from llm_jax.models.positions import rotary_angles, rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -131,6 +132,19 @@ class Shared:
     window_angles: tuple[jax.Array, jax.Array] | None = None
     bias: jax.Array | None = None
     relative: tuple[jax.Array, jax.Array] | None = None
+
+    @classmethod
+    def of(
+        cls, cfg: TransformerConfig, mask: AttentionMask, rows: jax.Array, positions: jax.Array, **more: Any
+    ) -> "Shared":
+        """With the rotary angles of tokens at `positions` (B, T) in their documents, where the model has such."""
+        if cfg.positions != "rotary":
+            return cls(mask, rows, **more)
+        angles, window_angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions), None
+        if cfg.window_rope_base:
+            window_rope = RopeConfig(base=cfg.window_rope_base, fraction=cfg.rope.fraction)
+            window_angles = rotary_angles(window_rope, rotary_dim(cfg), positions)
+        return cls(mask, rows, angles, window_angles, **more)
 
     def seen_by(self, kind: LayerKind, window: int) -> "Shared":
         """What a layer of this kind reads: its own mask and angles, or none."""

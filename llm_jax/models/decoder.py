@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import DecoderConfig, RopeConfig
+from llm_jax.config import DecoderConfig
 from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.experts import Routing
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.attention import Shared, choose_kernel, rotary_dim
+from llm_jax.models.attention import Shared, choose_kernel
 from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
-from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
+from llm_jax.models.positions import relative_bucket, sinusoid
 from llm_jax.models.transformer import Stack
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
@@ -183,15 +183,9 @@ class Decoder(nn.Module):
         axes = ("batch", "residual_length", "embed")
         x = dropout(x, cfg.dropout.embedding, embedding_key, rows, self.layout, *axes, tokens=index)
 
-        angles = window_angles = None
-        if cfg.positions == "rotary":
-            angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions)
-            if cfg.window_rope_base:
-                window_rope = RopeConfig(base=cfg.window_rope_base, fraction=cfg.rope.fraction)
-                window_angles = rotary_angles(window_rope, rotary_dim(cfg), positions)
         bias = self._relative_bias(mask) if cfg.positions == "relative" else None
         stack = Stack(cfg, self.layout, self.precision, name="stack")
-        shared = Shared(mask, rows, angles, window_angles, bias)
+        shared = Shared.of(cfg, mask, rows, positions, bias=bias)
         x, routing = stack(x, stack_key, shared, cache_length=cache_length)
         if cfg.norm_placement != "post":
             x = block_norm(cfg, self.precision, "final_norm")(x)

@@ -6,15 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.config import EncoderConfig, RopeConfig
+from llm_jax.config import EncoderConfig
 from llm_jax.kernels.cross_entropy import cross_entropy
 from llm_jax.kernels.masks import AttentionMask
-from llm_jax.models.attention import Shared, rotary_dim
+from llm_jax.models.attention import Shared
 from llm_jax.models.decoder import padded_vocab
 from llm_jax.models.disentangled import log_bucket
 from llm_jax.models.heads import Dense, LabelHead, MaskedHead, PairsHead, ReplacedHead
 from llm_jax.models.layers import Embedding, block_norm, dropout
-from llm_jax.models.positions import relative_bucket, rotary_angles, sinusoid
+from llm_jax.models.positions import relative_bucket, sinusoid
 from llm_jax.models.transformer import Stack
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
@@ -228,12 +228,7 @@ class Encoder(nn.Module):
     def _shared(self, mask: AttentionMask, rows: jax.Array, positions: jax.Array) -> Shared:
         """What all blocks read. `positions` (B, T)."""
         cfg = self.cfg
-        angles = window_angles = bias = relative = None
-        if cfg.positions == "rotary":
-            angles = rotary_angles(cfg.rope, rotary_dim(cfg), positions)
-            if cfg.window_rope_base:
-                window_rope = RopeConfig(base=cfg.window_rope_base, fraction=cfg.rope.fraction)
-                window_angles = rotary_angles(window_rope, rotary_dim(cfg), positions)
+        bias = relative = None
         if cfg.positions == "relative":
             buckets = (cfg.relative_buckets, cfg.relative_max_distance)
             bucket = relative_bucket(mask.distance(), *buckets, causal=False)
@@ -241,7 +236,7 @@ class Encoder(nn.Module):
         if cfg.positions == "disentangled":
             vectors = self.relative_norm(self.relative.first(cfg.relative_buckets))
             relative = vectors, log_bucket(mask.distance()[0], cfg.relative_buckets, cfg.relative_max_distance)
-        return Shared(mask, rows, angles, window_angles, bias, relative)
+        return Shared.of(cfg, mask, rows, positions, bias=bias, relative=relative)
 
     # ------------------------------------------------------------------------------------------ the heads
 
