@@ -468,9 +468,10 @@ def test_every_key_has_an_entry():
     assert not KEYS.keys() & model
 
 
-@pytest.mark.parametrize(
-    ("key", "case"), [(key, case) for key, case in KEYS.items() if case and key not in RUN] + MORE, ids=str
-)
+CASES = [(key, case) for key, case in KEYS.items() if case and key not in RUN] + MORE
+
+
+@pytest.mark.parametrize(("key", "case"), CASES, ids=[f"{key}={case[1]}" for key, case in CASES])
 def test_a_changed_key_changes_something(folder, key, case):
     observer, value, *base = case
     old = config(folder, base)
