@@ -64,6 +64,7 @@ REFUSED = [
         ["model.positions=relative", "model.relative_max_distance=16"],
         ["model.relative_max_distance = 16", "more than 16"],
     ),
+    (["model.rope.base=5e5", "model.positions=learned"], ["model.rope.base = 500000", "model.positions = rotary"]),
     (["model.relative_buckets=16"], ["model.relative_buckets = 16", "model.positions = relative"]),
     (["model.norm=layernorm", "model.bias=all", "model.norm_scale=false"], ["model.norm_scale = False"]),
     (["model.padded_vocab_in_softmax=true"], ["model.padded_vocab_in_softmax = True", "vocab_multiple"]),

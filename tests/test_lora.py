@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import QUICK, assert_close, assert_same_bits, build, decoder, mesh_layout, numbers, packed
+from tiny_encoders import DISENTANGLED, encoder, texts
 
 from llm_jax.config import CheckpointConfig, LoraConfig, OptimConfig, load
 from llm_jax.config.checks import check_model
 from llm_jax.errors import ConfigError, UserError
-from llm_jax.models import lora
+from llm_jax.models import lora, registry
 from llm_jax.models.flops import training_flops
 from llm_jax.objectives.language import LanguageObjective
+from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, optim, step
 from llm_jax.training import state as train_state
@@ -249,3 +251,17 @@ def test_flops_leave_out_gradients_of_the_base():
     after = training_flops(adapted.cfg, adapted.shapes(), adapted.axes(), 8)
     assert after.attention == before.attention
     assert after.matrices == before.matrices * 4 / 6 + 6 * 2 * 3 * (16 + 24)
+
+
+@pytest.mark.parametrize("changes", [{}, DISENTANGLED], ids=["learned", "disentangled"])
+def test_an_encoders_head_trains_beside_adapters(changes):
+    cfg = encoder(head="text", num_labels=3, lora=dict(rank=2), **changes)
+    model = registry.build(cfg, mesh_layout(data=3), Precision())
+    trained = {path for path, train in by_path(optim.trainable_mask(OptimConfig(), model.shapes())).items() if train}
+    heads = {path for path in by_path(model.shapes()) if path.startswith("labels/")}
+    assert heads and heads == {path for path in trained if not lora.is_adapter(path)}
+    batch = texts(3, 8)
+    scores = model.apply(numbers(model), batch["tokens"], batch["starts"], method="text_logits")
+    assert scores.shape == (*batch["starts"].shape, 3)  # relative positions, too few for the mesh, are not split
+    with pytest.raises(ConfigError, match="there are .*query"):
+        lora.check_targets(LoraConfig(rank=2, targets=("linear",)), model.shapes())

@@ -30,7 +30,6 @@ from llm_jax.models.attention import (
 )
 from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, linear_init
-from llm_jax.models.lora import has_adapter
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -65,9 +64,7 @@ class LatentAttention(nn.Module):
         if cache_length:
             new = {"cached_latent": latent, "cached_key_rope": key_rope}
             latent, key_rope = cached(self, new, shared.mask.query_index, cache_length)
-        adapted = any(has_adapter(cfg.lora, name) for name in ("key_up", "value_up"))
-        plain = self.precision.products == "native" and not adapted  # their kernels alone are all of them
-        if cache_length and plain:
+        if cache_length and self.precision.products == "native":
             # q^T (W_UK c) = (W_UK^T q)^T c and sum p (W_UV c) = W_UV (sum p c): no key or value is ever made.
             query = jnp.einsum("btnh,cnh->btnc", query, self._matrix(key_up, query))
             one_head = latent[:, :, None]
@@ -122,5 +119,5 @@ class LatentAttention(nn.Module):
 
     def _matrix(self, up: Linear, like: jax.Array) -> jax.Array:
         """(C, N, H): what `up` multiplies by."""
-        kernel, _ = up.weights(self.cfg.latent.kv_rank)
+        kernel = up.whole_kernel(self.cfg.latent.kv_rank)
         return kernel.astype(like.dtype).reshape(len(kernel), self.cfg.num_heads, -1)

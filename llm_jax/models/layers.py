@@ -11,7 +11,7 @@ from flax import struct
 
 from llm_jax.config import LoraConfig, TransformerConfig
 from llm_jax.kernels.elementwise import normalize
-from llm_jax.models.lora import has_adapter
+from llm_jax.models.lora import has_adapter, merged
 from llm_jax.models.quantize import quantized_product
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
@@ -70,13 +70,19 @@ class Linear(nn.Module):
         y = product(x, kernel.astype(x.dtype), self.layout, numbers=self.precision.products)
         if adapter is not None:
             a, b = (matrix.astype(x.dtype) for matrix in adapter)
-            low = self.layout(product(x, a, self.layout), "batch", *("length",) * (x.ndim - 2), "adapter")
+            rows = ("batch", "length") if x.ndim == 3 else (None,) * (x.ndim - 1)
+            low = self.layout(product(x, a, self.layout), *rows, "adapter")
             y = y + self._lora().scale * product(low, b, self.layout)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
 
     def weights(self, size: int) -> tuple[jax.Array, jax.Array | None]:
         """W (size, features), and b (features,) or None: of a layer that is used otherwise, and has no adapter."""
         return self._parameters(size, None)[:2]
+
+    def whole_kernel(self, size: int) -> jax.Array:
+        """W + s A B (size, features): all that x is multiplied by."""
+        kernel, _, adapter = self._parameters(size, self._lora())
+        return kernel if adapter is None else merged(kernel, *adapter, self._lora().scale)
 
     def _lora(self) -> LoraConfig | None:
         """The adapter's settings: of the module that this layer belongs to."""

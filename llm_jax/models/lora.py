@@ -40,7 +40,7 @@ def check_targets(lora: LoraConfig, shapes: Any) -> None:
     paths = [path_name(path).split("/") for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     adapted = {path[-2] for path in paths if path[-1] == A}
     kernels = {"/".join(path) for path in paths if path[-1] == "kernel"}
-    possible = {path.split("/")[-2] for path in kernels if path != "head/kernel" and "/moe/" not in path}
+    possible = {path.split("/")[-2] for path in kernels if path.startswith("stack/") and "/moe/" not in path}
     others = {path[-2]: "/".join(path) for path in paths if len(path) > 1 and path[-2] not in possible}
     for pattern in lora.targets:
         if any(re.fullmatch(pattern, name) for name in adapted):

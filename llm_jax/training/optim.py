@@ -23,6 +23,7 @@ from llm_jax.config.checks import check_optim, warmup_updates
 from llm_jax.config.schema import OptimConfig
 from llm_jax.errors import ConfigError
 from llm_jax.models.lora import is_adapter
+from llm_jax.training.heads import is_head
 from llm_jax.precision import at_least_float32
 from llm_jax.sharding import path_name
 
@@ -112,10 +113,11 @@ def decay_mask(cfg: OptimConfig, axes: Tree) -> Tree:
 
 
 def trainable_mask(cfg: OptimConfig, shapes: Tree) -> Tree:
-    """False at the parameters that a pattern of `cfg.freeze` names, and in a model with adapters at all others."""
+    """False at the parameters that a pattern of `cfg.freeze` names; in a model with adapters True at those alone, and at
+    an encoder's head, which has none."""
     frozen = matching_mask("optim.freeze", cfg.freeze, shapes)
     if any(map(is_adapter, paths(shapes))):
-        base = _map_paths(lambda path: not is_adapter(path), shapes)
+        base = _map_paths(lambda path: not is_adapter(path) and not is_head(path), shapes)
         frozen = jax.tree.map(operator.or_, frozen, base)
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optim.freeze={cfg.freeze} freezes every parameter, so nothing would train; narrow it")
