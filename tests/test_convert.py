@@ -124,6 +124,38 @@ def test_a_balance_bias_is_in_float32_in_a_model_of_bf16(tmp_path):
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), mixed)
 
 
+@pytest.mark.parametrize("depth, more", [(3, 1), (2, 2)])
+def test_layers_that_predict_further_tokens_are_left_out_with_a_word(depth, more, tmp_path, capsys):
+    """As in DeepSeek-V3's checkpoints, of any depth: they are numbered on from the model's own layers."""
+    config, arrays = hub_models.stored("DeepSeek-V3")
+    layer = lambda name: int(name.split(".")[2]) if name.startswith("model.layers.") else -1  # noqa: E731
+    own = {name: array for name, array in arrays.items() if layer(name) < depth}
+    of_last = {name: array for name, array in own.items() if layer(name) == depth - 1}
+    for number in range(depth, depth + more):
+        further = {name.replace(f".{depth - 1}.", f".{number}.", 1): array for name, array in of_last.items()}
+        further[f"model.layers.{number}.eh_proj.weight"] = np.ones((32, 64), np.float32)
+        arrays = (own if number == depth else arrays) | further
+    config |= {"num_hidden_layers": depth, "num_nextn_predict_layers": more}
+    source = hub_models.write(tmp_path / "source", config, arrays)
+    unchecked(source, tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    names = ", ".join(f"model.layers.{n} ({len(of_last) + 1} tensors)" for n in range(depth, depth + more))
+    assert told == [
+        f"left out, of layers that predict further tokens: {names}; on the way back they are missing"
+    ]
+    assert_same_bits(export(tmp_path / "run", tmp_path / "back"), own)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("count, error", [(0, "model.layers.3.eh_proj.weight is left over"), ("1", "number of layers")])
+def test_further_layers_that_config_json_does_not_count_are_refused(count, error, tmp_path):
+    config, arrays = hub_models.stored("DeepSeek-V3")
+    arrays["model.layers.3.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    source = hub_models.write(tmp_path / "source", config | {"num_nextn_predict_layers": count}, arrays)
+    with pytest.raises(UserError, match=error):
+        convert.from_hub(str(source), str(tmp_path / "run"))
+
+
 def test_float16_is_held_by_float32_and_comes_back(tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", "Qwen 3", dtype="float16")
     unchecked(source, tmp_path / "run")

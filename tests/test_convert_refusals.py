@@ -1,23 +1,26 @@
 """What cannot be converted is refused by name, and nothing is left behind."""
 
+import json
 import os
+import sys
 
 import hub_models
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from llm_jax.config import from_dict, to_dict
-from llm_jax.convert import families, hub
+from llm_jax.convert import families, hub, reference, safetensors
 from llm_jax.convert.family import function_of
-from llm_jax.errors import ConfigError, UserError
-from llm_jax.training import convert
+from llm_jax.errors import ConfigError, DataError, UserError
+from llm_jax.training import convert, mapping
 
 
 def refused(tmp_path, message, source=None, **options):
     """The error, with nothing left beside the source."""
     with pytest.raises(UserError, match=message) as error:
         convert.from_hub(str(source or tmp_path / "source"), str(tmp_path / "run"), check=False, **options)
-    assert [name for name in os.listdir(tmp_path) if name.startswith("run")] == []
+    assert [name for name in os.listdir(tmp_path) if "run" in name] == []
     return str(error.value)
 
 
@@ -237,41 +240,149 @@ def test_a_crash_leaves_no_half_run(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_two_conversions_and_a_folder_of_the_user_do_not_meet(tmp_path):
+    to, kept = tmp_path / "run", tmp_path / "run.partial"
+    kept.mkdir()
+    (kept / "mine").write_text("kept")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match="it exists already"), convert.new_folder(str(to)) as first:
+        (first / "a").write_text("of the first")
+        with convert.new_folder(str(to)) as second:
+            (second / "a").write_text("of the second")
+        assert (first / "a").read_text() == "of the first"
+    assert (to / "a").read_text() == "of the second" and (kept / "mine").read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["plain", "run", "run.partial"]
+    assert to.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("taken", [lambda to: to.mkdir(), lambda to: to.write_text("a file"),
+                                   lambda to: to.symlink_to("nowhere")], ids=["folder", "file", "link"])  # fmt: skip
+def test_a_name_that_is_taken_meanwhile_stays(taken, tmp_path):
+    to = tmp_path / "run"
+    with pytest.raises(UserError, match="it exists already"), convert.new_folder(str(to)) as folder:
+        (folder / "a").write_text("")
+        taken(to)
+    assert os.listdir(tmp_path) == ["run"] and not (to / "a").exists()
+
+
 # ------------------------------------------------------------------------------------------------- the hub
 
 
 class FakeHub:
-    """Stands in for huggingface_hub: hands out a folder, or fails as it does."""
+    """Stands in for huggingface_hub: a repository's files go to a cache as they are asked for, or it fails."""
 
-    def __init__(self, folder=None, error=None):
-        self.folder, self.error, self.calls = folder, error, []
+    def __init__(self, cache=None, files=(), error=None, offline=False):
+        self.cache, self.error, self.calls, self.offline = cache, error, [], offline
+        self.files = files if isinstance(files, dict) else dict.fromkeys(files, "")
 
     def snapshot_download(self, name, *, revision, allow_patterns):
-        self.calls.append((name, revision, tuple(allow_patterns)))
+        self.calls.append((name, revision))
         if self.error:
             raise self.error
-        return str(self.folder)
+        folder = self.cache / "0123abc"
+        folder.mkdir(exist_ok=True)
+        for file in () if self.offline else filter_repo_objects(list(self.files), allow_patterns=allow_patterns):
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(self.files[file])
+        return str(folder)
+
+    def list_repo_files(self, name, *, revision):
+        if self.offline:
+            raise OSError("offline")
+        assert revision == "0123abc"
+        return list(self.files)
+
+    def fetched(self):
+        files = (path for path in self.cache.rglob("*") if path.is_file())
+        return {path.relative_to(self.cache / "0123abc").as_posix() for path in files}
 
 
-def test_a_name_is_fetched_with_its_revision(tmp_path, monkeypatch):
-    fake = FakeHub(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", fake)
-    assert hub.folder_of("owner/name", "v1") == tmp_path
-    assert hub.folder_of("owner/name", None, weights=False) == tmp_path
-    (first, second) = fake.calls
-    assert first[:2] == ("owner/name", "v1") and "*.safetensors" in first[2]
-    assert second[:2] == ("owner/name", None) and "*.safetensors" not in second[2]
-    assert not any(pattern.endswith((".bin", ".py")) for pattern in first[2])
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    def of(*files, **options):
+        fake = FakeHub(tmp_path, *files, **options)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+        return fake
+
+    return of
+
+
+BESIDE = {"config.json": "{}", "1_Pooling/config.json": "{}"}
+MORE = ("consolidated.safetensors", "original/model.safetensors", "original/consolidated.safetensors",
+        "pytorch_model.bin", "modeling.py", "onnx/config.json")  # fmt: skip
+
+
+def test_one_file_is_fetched_and_nothing_that_is_not_read(fake_hub, tmp_path):
+    fake = fake_hub(BESIDE | dict.fromkeys(MORE, "") | {"model.safetensors": "", reference.STORED: ""})
+    assert hub.folder_of("owner/name", None, weights=False) == tmp_path / "0123abc"
+    assert fake.fetched() == BESIDE.keys()
+    assert hub.folder_of("owner/name", None) == tmp_path / "0123abc"
+    assert fake.fetched() == BESIDE.keys() | {"model.safetensors", reference.STORED}
+
+
+def test_shards_are_those_that_the_index_names_of_one_commit(fake_hub):
+    where = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors", "c": "model-1-of-2.safetensors"}
+    index = {safetensors.INDEX: json.dumps({"weight_map": where})}
+    shards = dict.fromkeys([*where.values(), "model.safetensors", "model-1-of-3.safetensors"], "")
+    fake = fake_hub(BESIDE | dict.fromkeys(MORE, "") | index | shards)
+    hub.folder_of("owner/name", "v1")
+    assert fake.fetched() == BESIDE.keys() | index.keys() | set(where.values())
+    assert fake.calls == [("owner/name", "v1"), ("owner/name", "0123abc")]  # a branch may move meanwhile
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (["pytorch_model-2-of-2.bin", "pytorch_model-1-of-2.bin", "original/model.safetensors"],
+         "hf:owner/name holds pytorch_model-1-of-2.bin alone, a pickle: .*runs whatever code.*save_pretrained"),
+        (["consolidated.safetensors"], "hf:owner/name holds consolidated.safetensors, and neither model.safetensors"),
+        (["model.gguf"], "hf:owner/name holds no model.safetensors and no"),
+    ],
+)  # fmt: skip
+def test_a_repository_without_weights_that_are_read(files, message, fake_hub):
+    fake_hub(BESIDE | dict.fromkeys(files, ""))
+    with pytest.raises(DataError, match=message):
+        hub.folder_of("owner/name", None)
+
+
+def test_offline_what_is_in_the_cache_is_taken(fake_hub):
+    files = BESIDE | {"model.safetensors": ""}
+    fake_hub(files)
+    hub.folder_of("owner/name", None, weights=False)
+    offline = fake_hub(files, offline=True)
+    with pytest.raises(DataError, match="hf:owner/name, as far as it is here, holds no model.safetensors"):
+        hub.folder_of("owner/name", None)
+    fake_hub(files)
+    hub.folder_of("owner/name", None)
+    fake_hub(files, offline=True)
+    assert (hub.folder_of("owner/name", None) / "model.safetensors").is_file()
+    assert offline.fetched() == files.keys()
+
+
+def test_an_adapter_is_fetched_without_a_models_weights(fake_hub):
+    files = dict.fromkeys(["adapter_config.json", "adapter_model.safetensors"], "")
+    fake = fake_hub(files | {"model.safetensors": "", "checkpoint-1/adapter_model.safetensors": ""})
+    convert.adapter_folder("owner/name")
+    assert fake.fetched() == files.keys()
+
+
+def test_the_dtype_of_a_name_is_read_as_either_transformers_writes_it(fake_hub):
+    config = {key: value for key, value in hub_models.stored(LLAMA)[0].items() if key not in ("dtype", "torch_dtype")}
+    for stated, expected in (({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "bfloat16"}, "bfloat16"),
+                             ({"dtype": "float16"}, "float32"), ({}, "float32")):  # fmt: skip
+        fake_hub({"config.json": json.dumps(config | stated), "model.safetensors": ""})
+        lines = mapping.mapping("owner/name").splitlines()
+        assert all(line.split()[3] == expected for line in lines[1:])
 
 
 def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", FakeHub(error=OSError("we are\noffline")))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(error=OSError("we are\noffline")))
     with pytest.raises(UserError, match=r"hf:owner/name: .*\(OSError: we are offline\).*HF_HUB_OFFLINE"):
         hub.folder_of("owner/name", None)
 
 
 def test_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", FakeHub(error=AssertionError()))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(error=AssertionError()))
     assert hub.folder_of(str(tmp_path), None) == tmp_path
     assert hub.folder_of("./owner/name", None).name == "name"
     with pytest.raises(UserError, match="--revision=main is for names on the hub"):

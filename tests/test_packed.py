@@ -1,5 +1,7 @@
 """Weights in few bits: MXFP4 and FP8 as the numbers they stand for, and a checkpoint of GPT-OSS that holds them."""
 
+import tracemalloc
+
 import hub_models
 import jax
 import ml_dtypes
@@ -57,6 +59,32 @@ def test_fp8_has_a_scale_for_each_block(tmp_path):
     assert tensors.keys() == {"w.weight"}
     expected = [[weight[i, j] * scales[i // 2, j // 4] for j in range(7)] for i in range(3)]
     np.testing.assert_array_equal(tensors["w.weight"].read(), np.asarray(expected, np.float32).astype(BFLOAT16))
+
+
+def test_fp8_ends_in_the_middle_of_a_block(tmp_path):
+    rng = np.random.RandomState(0)
+    weight, scales = rng.standard_normal((11, 13)).astype(FP8), rng.uniform(0.5, 2, (3, 4)).astype(np.float32)
+    tensors = unpacked(written(tmp_path, {"w": weight, "w_scale_inv": scales}), fp8([5, 4]))
+    wide = [[scales[i // 5, j // 4] for j in range(13)] for i in range(11)]
+    expected = (weight.astype(np.float32) * np.asarray(wide, np.float32)).astype(BFLOAT16)
+    assert tensors["w"].read().tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_a_packed_tensor_is_once_in_memory(tmp_path, method):
+    """What is read, the result, and little beside."""
+    if method == "mxfp4":
+        blocks, scales = np.zeros((32, 64, 4, 16), np.uint8), np.full((32, 64, 4), 127, np.uint8)
+        tensors = unpacked(written(tmp_path, {"w_blocks": blocks, "w_scales": scales}), MXFP4)
+    else:
+        arrays = {"w": np.zeros((640, 256), FP8), "w_scale_inv": np.ones((40, 16), np.float32)}
+        tensors = unpacked(written(tmp_path, arrays), fp8([16, 16]))
+    tensors["w"].read()
+    tracemalloc.start()
+    values = tensors["w"].read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < tensors["w"].nbytes + 1.5 * values.nbytes
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Family:
       needs: tensors that tell this form of the architecture from another, without `prefix` or `bare_prefix`.
       wide: patterns of tensors that are parameters in float32 here, whatever the others are.
       other_heads: patterns of tensors that belong to heads other than the architecture's: they are left out.
+      further_layers: config.json to patterns of tensors of layers that predict further tokens: they are left out.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Family:
     needs: tuple[str, ...] = ()
     other_heads: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
+    further_layers: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
 
     def config(self, values: Mapping[str, Any], where: str) -> TransformerConfig:
         """The model that a config.json describes. Raises ConfigError: a key or value that cannot be said here."""

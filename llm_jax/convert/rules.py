@@ -6,6 +6,7 @@ checks that every parameter is covered exactly once; the same plan is read forwa
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -212,18 +213,13 @@ def plan(rules: Sequence[Rule], cfg: TransformerConfig, shapes: Any, axes: Any, 
     names = {path_name(p): n for p, n in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)}
     moves = [move for rule in rules for move in _fill_in(rule, cfg, leaves, names, vocab_size)]
     covered = Counter(slot.path for move in moves for slot in move.ours)
-    expected = {path: _parts(path, leaves, covered, moves) for path in leaves}
+    depths = {slot.path: len(slot.index) for move in moves for slot in move.ours}
+    expected = {path: math.prod(shape[: depths.get(path, 0)]) for path, shape in leaves.items()}  # slots of each
     wrong = [path for path in leaves if covered[path] != expected[path]]
     if wrong or set(covered) - set(leaves):
         wrong = wrong or sorted(set(covered) - set(leaves))
         raise ValueError(f"the family's table does not cover {wrong} exactly once")
     return moves
-
-
-def _parts(path: str, leaves: Mapping[str, Shape], covered: Mapping[str, int], moves: Sequence[Move]) -> int:
-    """Into how many slots the parameter is cut."""
-    depth = next((len(slot.index) for move in moves for slot in move.ours if slot.path == path), 0)
-    return int(np.prod(leaves[path][:depth]))
 
 
 def _fill_in(

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +129,38 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         return _read_index(folder)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if files:
-        raise DataError(f"{folder} holds {', '.join(files[:4])}, and neither {SINGLE} nor {INDEX} that says what it is")
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickles:
-        raise DataError(
-            f"{folder} holds {pickles[0]} alone, a pickle: reading one runs whatever code its author put in. Where you "
+    raise without_weights(str(folder), [path.name for path in folder.iterdir()])
+
+
+def without_weights(where: str, names: Sequence[str]) -> DataError:
+    """What is wrong with a folder, or a repository, of these files, which has no `SINGLE` and no `INDEX`."""
+    if files := sorted(name for name in names if fnmatchcase(name, "*.safetensors") and "/" not in name):
+        return DataError(f"{where} holds {', '.join(files[:4])}, and neither {SINGLE} nor {INDEX} that says what it is")
+    if pickles := sorted(name for name in names if fnmatchcase(name, "pytorch_model*.bin") and "/" not in name):
+        return DataError(
+            f"{where} holds {pickles[0]} alone, a pickle: reading one runs whatever code its author put in. Where you "
             "trust it, load it with transformers and save_pretrained(...) it: that writes safetensors"
         )
-    raise DataError(f"{folder} holds no {SINGLE} and no {INDEX}")
+    return DataError(f"{where} holds no {SINGLE} and no {INDEX}")
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that a folder's index names, or the one file of a checkpoint without an index."""
+    return _read_map(folder / INDEX)[1] if (folder / INDEX).is_file() else [SINGLE]
+
+
+def _read_map(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Which tensor lies in which file, and the files."""
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return where, sorted(set(where.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
 def _read_index(folder: Path) -> dict[str, Tensor]:
     path = folder / INDEX
-    try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    where, files = _read_map(path)
     found: dict[str, Tensor] = {}
     for name in files:
         if os.path.basename(name) != name or not (folder / name).is_file():

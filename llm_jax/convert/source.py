@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,32 @@ class Source:
 
         Raises DataError: a file is missing, cut off or damaged.
         """
-        found, others = self._all(), self.of_other_heads()
+        found = self._all()
+        others = {*self._of_other_heads(found), *self._of_further_layers(found)}
         if self.untied:
             found.setdefault(self.family.head, found[self.family.embedding])
         return {name: tensor for name, tensor in found.items() if name not in others}
 
-    def of_other_heads(self) -> dict[str, Tensor]:
-        """Tensors that the architecture has no use for: of heads that the checkpoint was trained with before."""
-        family, found = self.family, self._all()
-        used = {name for rule in family.rules(self.cfg, found) for name in rule.theirs}
-        used |= {copy for copy, _ in family.tied}
-        return {n: tensor for n, tensor in found.items() if n not in used and matches(n, family.other_heads)}
+    def left_out(self) -> list[str]:
+        """A line for each kind of parameters that `tensors` leaves out, as the architecture has no use for them."""
+        found = self._all()
+        heads, further = self._of_other_heads(found), self._of_further_layers(found)
+        lines = [f"left out, of other heads: {', '.join(heads)}"] if heads else []
+        if further:
+            layers = Counter(".".join(name.split(".")[:3]) for name in further)
+            told = ", ".join(f"{layer} ({count} tensors)" for layer, count in layers.items())
+            lines.append(f"left out, of layers that predict further tokens: {told}; on the way back they are missing")
+        return lines
+
+    def _of_other_heads(self, found: dict[str, Tensor]) -> list[str]:
+        """Of heads that the checkpoint was trained with before."""
+        used = {name for rule in self.family.rules(self.cfg, found) for name in rule.theirs}
+        used |= {copy for copy, _ in self.family.tied}
+        return [name for name in found if name not in used and matches(name, self.family.other_heads)]
+
+    def _of_further_layers(self, found: dict[str, Tensor]) -> list[str]:
+        patterns = self.family.further_layers(self.values)
+        return [name for name in found if matches(name, patterns)]
 
     def _all(self) -> dict[str, Tensor]:
         found = named(packed.unpacked(safetensors.read_folder(self.folder), self.values), self.family)

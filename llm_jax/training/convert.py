@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def from_hub(
     refuse_existing(to)
     refuse_several("convert")
     found = source.open_folder(hub.folder_of(name, revision))
-    given = None if adapter is None else peft.read(hub.folder_of(adapter, None, also=peft.FILES))
+    given = None if adapter is None else peft.read(adapter_folder(adapter))
     if given is not None:
         found = adapters.fitted(found, given, merge=merge)
     tensors = found.tensors()
@@ -102,11 +103,15 @@ def from_hub(
         unproven = convert_check.NOT_ASKED
         if check:
             unproven = convert_check.of_import(folder, found, model, tensors, given, merge=merge, streamed=streamed)
-    if left_out := found.of_other_heads():
-        print(f"left out, of other heads: {', '.join(left_out)}", flush=True)
+    for line in found.left_out():
+        print(line, flush=True)
     print(f"{to}: {found.family.title}, {registry.count_parameters(model.shapes()):,} parameters "
           f"({cfg.precision.params})", flush=True)  # fmt: skip
     convert_check.say_unproven(unproven)
+
+
+def adapter_folder(name: str) -> Path:
+    return hub.folder_of(name, None, weights=False, also=(*peft.FILES, reference.STORED))
 
 
 def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> Config:
@@ -237,6 +242,9 @@ def to_hub(
     start_backend(cfg)  # 64 bits, where the run has them
     if adapter and not cfg.model.lora.rank:
         raise UserError(f"--adapter: the run {workdir} has none (model.lora.rank is 0); leave it out")
+    if adapter and isinstance(cfg.model, EncoderConfig) and cfg.model.head != "embedding":
+        reason = f"the head ({cfg.model.head}) was trained beside the adapters, and would not be in their file"
+        raise UserError(f"--adapter: {reason}; leave it out for the model with its adapters merged")
     plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig()))
     beside, notes = hub_files.beside(workdir, cfg)
     family = family_of_run(plain.model, architecture, notes.get("architecture"), notes.get("needs", ()))
@@ -335,25 +343,30 @@ def refuse_several(command: str) -> None:
 
 
 def refuse_existing(to: str) -> None:
-    if os.path.exists(to):
+    if os.path.lexists(to):
         raise UserError(f"--to={to}: it exists already; give a new folder, nothing is overwritten")
 
 
 @contextlib.contextmanager
 def new_folder(to: str) -> Iterator[Path]:
-    """A folder beside `to` that gets its name when all has gone well, and goes when anything has not."""
-    folder = Path(f"{to}.partial")
+    """A folder beside `to` that gets its name when all has gone well, and goes when anything has not.
+
+    It lies in one of a name that nobody else has: other conversions, and what the user keeps there, stay as they are.
+    """
+    parent, name = os.path.split(to)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        os.makedirs(parent or ".", exist_ok=True)
+        around = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=parent or "."))
     except OSError as error:
         raise UserError(f"--to={to}: nothing can be written there ({error.strerror})") from None
     try:
+        folder = around / name
+        folder.mkdir()  # with the usual permissions: mkdtemp's are its owner's alone
         yield folder
         flush(folder)
+        refuse_existing(to)
         os.rename(folder, to)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"--to={to}: it could not be written ({error}); nothing was kept") from error
-        raise
+    except OSError as error:
+        raise UserError(f"--to={to}: it could not be written ({error}); nothing was kept") from error
+    finally:
+        shutil.rmtree(around, ignore_errors=True)

@@ -26,7 +26,7 @@ def mapping(name: str, *, overrides: Sequence[str] = (), dtype: str | None = Non
         tensors = found.tensors()
     except DataError:  # a name on the hub, of which the small files alone were fetched
         tensors = {}
-    widest = source.widest(tensors, found.family.wide).name if tensors else found.values.get("torch_dtype")
+    widest = source.widest(tensors, found.family.wide).name if tensors else stated_dtype(found)
     kept = dtype or widest or "float32"
     cfg = run_config(found, name, overrides, "float32" if kept == "float16" else kept)
     sizes = [getattr(cfg.mesh, axis) for axis in MESH_AXES]
@@ -36,6 +36,11 @@ def mapping(name: str, *, overrides: Sequence[str] = (), dtype: str | None = Non
     if tensors:
         source.check_names(found, tensors, moves)
     return table(moves, tensors, model, layout, cfg.precision.params)
+
+
+def stated_dtype(found: source.Source) -> str | None:
+    """Of config.json: transformers 5 writes dtype, those before torch_dtype."""
+    return found.values.get("dtype") or found.values.get("torch_dtype")
 
 
 def table(

@@ -6,7 +6,7 @@ another order.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from llm_jax.convert.rules import Arrays, Chain, Cut, Rule, Shape, Swapped, Tran
 from llm_jax.models.attention import query_dim
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is
+MORE_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")  # behind the others, each predicts one token more
 
 # ------------------------------------------------------------------------------------------------- configs
 
@@ -112,7 +113,10 @@ def read_v3(keys: Keys) -> dict[str, Any]:
     keys.only("scoring_func", "sigmoid", default="sigmoid", reason="transformers' own V3 scores by sigmoid")
     keys.only("topk_method", "noaux_tc", default="noaux_tc", reason="transformers' own V3 chooses so")
     keys.only("rope_interleave", True, default=True, reason="we write and read rotary pairs as neighbours")
-    keys.ignore("num_nextn_predict_layers", "num_mtp_layers")  # transformers passes their tensors over too
+    for name in MORE_LAYERS:
+        count = keys.take(name, 0)
+        if not isinstance(count, int) or count < 0:
+            raise keys.refuse(name, count, "it is a number of layers, whose tensors are left out")
     read_packing(keys, "fp8")
     found = read_deepseek(
         keys, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8, first_k_dense_replace=3,
@@ -263,7 +267,12 @@ def deepseek_rules(cfg: DecoderConfig, names: Collection[str]) -> Iterator[Rule]
         yield from linear(f"{theirs}.shared_experts.{name}_proj", f"{ours}/shared_mlp/{name}", bias=False)
 
 
-MORE_PREDICTED = r"model\.layers\.61\..*"  # V3's own: the layer of its multi-token prediction
+def further_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of multi-token prediction (arXiv 2412.19437, section 2.2): numbered on from the model's own layers, they
+    have no part in what it computes."""
+    depth, more = values["num_hidden_layers"], max(values.get(name, 0) for name in MORE_LAYERS)
+    return tuple(rf"model\.layers\.{layer}\..*" for layer in range(depth, depth + more))
+
 
 DEEPSEEK_V2 = Family("DeepSeek-V2", "DeepseekV2ForCausalLM", "deepseek_v2", read_v2, write_v2, deepseek_rules)
 DEEPSEEK_V3 = Family(
@@ -273,6 +282,6 @@ DEEPSEEK_V3 = Family(
     read_v3,
     write_v3,
     deepseek_rules,
-    no_parameters=(r".*\.rotary_emb\.inv_freq", MORE_PREDICTED),
+    further_layers=further_layers,
     wide=(r".*\.e_score_correction_bias",),
 )
