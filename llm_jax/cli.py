@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from llm_jax import __version__, errors
-from llm_jax.config import Config, check, config_names, from_dict, load, to_dict
+from llm_jax.config import Config, check, config_names, from_dict, given, load, to_dict
 from llm_jax.config.checks import check_data
 from llm_jax.config.values import did_you_mean
 from llm_jax.errors import Preempted, UserError
@@ -255,7 +255,7 @@ class Commands:
 
 
 def train_command(args: argparse.Namespace) -> int:
-    cfg = with_pretrained(read_config(args))
+    cfg = with_pretrained(read_config(args), args)
     if args.print_config:
         return print_json(to_dict(cfg))
     check(cfg)
@@ -435,7 +435,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     if args.print_config:
         return print_json(to_dict(cfg))
     if cfg.data.task != "language":
-        cfg = with_pretrained(cfg)
+        cfg = with_pretrained(cfg, args)
         check(cfg)
         from llm_jax.data import tasks
 
@@ -449,7 +449,7 @@ def prepare_command(args: argparse.Namespace) -> int:
 
 
 def inspect_command(args: argparse.Namespace) -> int:
-    cfg = with_pretrained(read_config(args))
+    cfg = with_pretrained(read_config(args), args)
     if args.print_config:
         return print_json(to_dict(cfg))
     check_data(cfg)
@@ -485,13 +485,13 @@ def read_config(args: argparse.Namespace) -> Config:
     return load(args.config, args.overrides)
 
 
-def with_pretrained(cfg: Config) -> Config:
+def with_pretrained(cfg: Config, args: argparse.Namespace) -> Config:
     """`cfg` with the model and tokenizer of what it starts from, where it takes them over."""
     if not cfg.checkpoint.init_from.startswith("hf:") and (cfg.data.task == "language" or not cfg.checkpoint.init_from):
         return cfg
     from llm_jax.training import pretrained
 
-    return pretrained.adopt(cfg)
+    return pretrained.adopt(cfg, given(args.config, args.overrides))
 
 
 def start(cfg: Config | None = None) -> None:

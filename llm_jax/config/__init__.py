@@ -7,6 +7,7 @@ from llm_jax.config.resolve import (
     differences,
     find_config,
     from_dict,
+    given,
     load,
     override,
     to_dict,

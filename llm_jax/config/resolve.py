@@ -174,23 +174,36 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
       ConfigError: in one sentence, with the file or the key it is about.
     """
-    raw: dict[str, Any] = {}
-    if spec:
-        path = find_config(spec)
-        raw = _read_json(path) if path.endswith(".json") else _run_file(path, _split(spec)[1])
-        try:
-            from_dict(raw)  # here, so that the message can name the file
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-    return _build_with(raw, overrides)
+    raw = _read(spec)
+    try:
+        from_dict(raw)  # here, so that the message can name the file
+    except ConfigError as error:
+        raise ConfigError(f"{find_config(spec)}: {error}") from None
+    return from_dict(_with(raw, overrides))
+
+
+def given(spec: str, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """The full names of the keys that a config file and overrides set, those at their defaults among them.
+
+    Args and Raises: as `load`.
+    """
+    return frozenset(flatten(_with(_read(spec), overrides)))
 
 
 def override(cfg: Config, overrides: Sequence[str]) -> Config:
     """`cfg` with overrides such as "mesh.data=4" laid over it, later ones winning."""
-    return _build_with(to_dict(cfg), overrides)
+    return from_dict(_with(to_dict(cfg), overrides))
 
 
-def _build_with(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
+def _read(spec: str) -> dict[str, Any]:
+    if not spec:
+        return {}
+    path = find_config(spec)
+    return _read_json(path) if path.endswith(".json") else _run_file(path, _split(spec)[1])
+
+
+def _with(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`raw` with the overrides set in it."""
     for item in overrides:
         key, equals, value = item.partition("=")
         key = key.strip().removeprefix("config.")
@@ -198,7 +211,7 @@ def _build_with(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
         if not equals or not key:
             raise ConfigError(f"{key or item}: this override lacks its key or value; write {key or 'KEY'}=VALUE")
         _set(raw, key.split("."), Text(value))
-    return from_dict(raw)
+    return raw
 
 
 SHORT_NAMES = {"init_from": "checkpoint.init_from"}  # --config.init_from=hf:PATH, as people say it

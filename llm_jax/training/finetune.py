@@ -118,7 +118,8 @@ def finetune(
             checkpoint=dict(init_from=model, use="best", keep_latest=1),
         )
     )
-    cfg = pretrained.adopt(config.override(cfg, overrides))
+    given = config.given("", overrides) | {"model.family"}
+    cfg = pretrained.adopt(config.override(cfg, overrides), given)
     config.check(cfg)
     rows = tasks.make_stream(tasks.prepare(cfg.data), cfg.data, cfg.seed).epoch_rows
     epoch = max(rows // cfg.train.global_batch_size, 1)

@@ -34,16 +34,24 @@ def describe(
         tokenizer = tokenizers.load(found.folder)
     labels = label_names(found) if isinstance(cfg.model, EncoderConfig) else ()
     run_folder.write(folder, config.to_dict(cfg), tokenizer, model.shapes(), model.axes(), labels)
-    beside = folder / BESIDE
-    beside.mkdir()
-    for file in source.BESIDE:
-        if (found.folder / file).is_file():
-            copy(found.folder / file, beside / file)
+    keep_beside(folder, found, tensors, name)
+
+
+def keep_beside(folder: Path, found: Source, tensors: dict[str, Tensor], name: str) -> None:
+    """The files that lay beside the weights, in a run's folder; the notes are last, for they say that all are there."""
     usual = most_frequent([tensor.dtype.name for tensor in tensors.values()])
     others = {key: tensor.dtype.name for key, tensor in tensors.items() if tensor.dtype.name != usual}
-    run_folder.write_json(beside / NOTES, {"name": name, "architecture": found.family.architecture,
-                                           "needs": list(found.family.needs),
-                                           "dtype": usual, "other_dtypes": others})  # fmt: skip
+    beside = folder / BESIDE
+    try:
+        beside.mkdir(exist_ok=True)
+        for file in source.BESIDE:
+            if (found.folder / file).is_file():
+                copy(found.folder / file, beside / file)
+        run_folder.write_json(beside / NOTES, {"name": name, "architecture": found.family.architecture,
+                                               "needs": list(found.family.needs),
+                                               "dtype": usual, "other_dtypes": others})  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{beside} cannot be written: {error}") from None
 
 
 def label_names(found: Source) -> tuple[str, ...]:

@@ -4,35 +4,42 @@
 parameters for must belong to the head, and starts fresh; what it has beside is left out. Both are told.
 """
 
+import collections
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import Config, DecoderConfig
+from llm_jax import config, distributed
+from llm_jax.config import Config
 from llm_jax.config.tasks import HEADS
 from llm_jax.convert import hub, source
+from llm_jax.convert.rules import Move
+from llm_jax.convert.safetensors import Tensor
 from llm_jax.data import tokenizers
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
-from llm_jax.training import convert, restore
+from llm_jax.training import convert, hub_files, restore
 from llm_jax.training.heads import origins
 
 HUB = "hf:"
 
 
-def adopt(cfg: Config) -> Config:
+def adopt(cfg: Config, given: Collection[str] | None = None) -> Config:
     """`cfg` with the model and the tokenizer of what `checkpoint.init_from` names: a checkpoint of the hub ("hf:PATH")
     or, of an encoder, another run.
 
-    Keys of `model` that differ from their defaults stay as they are, such as dropout; the head is that of the task.
+    Each key of `model` that was given stays as it is, such as model.dropout.attention; the head is that of the task.
+
+    Args:
+      cfg: as the config file and the overrides make it.
+      given: the full names of the keys that those set (`config.given`); None: the ones that are not at their defaults.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be said here.
@@ -46,26 +53,35 @@ def adopt(cfg: Config) -> Config:
         theirs, folder = restore.read_config(name).model, Path(name) / "tokenizer"
     else:
         return cfg
-    untouched = cfg.model == DecoderConfig()
-    if not untouched and cfg.model.family != theirs.family:
+    if given is None:
+        given = {key for key, _, _ in config.differences(cfg, dataclasses.replace(cfg, model=type(cfg.model)()))}
+        given |= {"model.family"} if cfg.model.family != Config().model.family else set()
+    given = {key for key in given if key.startswith("model.")}
+    if given and cfg.model.family != theirs.family:
         raise ConfigError(
             f"model.family = {cfg.model.family!r}: {name} is of the family {theirs.family}; leave the model out of the "
             "config, and it is taken from there"
         )
-    changes = {} if untouched else changed(cfg.model)
+    ours = cfg.model
     if cfg.data.task in HEADS:
         fitting = HEADS[cfg.data.task]
         plain = cfg.data.task == "masked" and not cfg.data.masking.next_sentence
         theirs = under_head(theirs, fitting[-1] if plain else fitting[0])
-        changes.pop("head", None)
+        given.discard("model.head")
     data = dataclasses.replace(cfg.data, tokenizer=tokenizer_of(cfg, folder))
-    return dataclasses.replace(cfg, model=dataclasses.replace(theirs, **changes), data=data)
+    return dataclasses.replace(cfg, model=laid_over(theirs, ours, given, "model."), data=data)
 
 
-def changed(model: Any) -> dict[str, Any]:
-    """The keys of a model's config that are not at their defaults."""
-    default = type(model)()
-    return {name: value for name, value in vars(model).items() if value != getattr(default, name)}
+def laid_over(theirs: Any, ours: Any, given: Collection[str], prefix: str) -> Any:
+    """`theirs` with the given keys of `ours`, one by one: the others of a group, such as model.dropout, stay theirs."""
+    changes = {}
+    for field in dataclasses.fields(theirs):
+        key, value = f"{prefix}{field.name}", getattr(theirs, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = laid_over(value, getattr(ours, field.name), given, f"{key}.")
+        elif key in given:
+            changes[field.name] = getattr(ours, field.name)
+    return dataclasses.replace(theirs, **changes)
 
 
 def tokenizer_of(cfg: Config, folder: Path) -> str:
@@ -93,13 +109,14 @@ def vocabulary(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))["model"].get("vocab")
 
 
-def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
-    """Fresh parameters with those of a checkpoint of the hub in their places.
+def start_from(name: str, params: Any, cfg: Config, workdir: str = "") -> tuple[Any, str]:
+    """Fresh parameters with those of a checkpoint of the hub in their places. One of ours at a time is on the host.
 
     Args:
       name: "hf:" and a path or name.
       params: fresh ones; they keep their dtypes and shardings.
       cfg: of the run.
+      workdir: the run's folder, which gets the files beside the weights for a later way back; "": none.
 
     Returns:
       The parameters, and one sentence for the reader.
@@ -115,18 +132,31 @@ def start_from(name: str, params: Any, cfg: Config) -> tuple[Any, str]:
     shapes = convert.by_path(theirs.shapes())
     fresh = convert.by_path(params)
     sources = origins(fresh, shapes, str(found.folder))
-    wanted = set(sources.values())
-    arrays = {path: np.zeros(shapes[path].shape, np.float32) for path in wanted}
+    parts = collections.defaultdict(list)
     for move in moves:
-        if not any(slot.path in wanted for slot in move.ours):
-            continue
-        ours = move.transform.to_ours([tensors[their_name].read() for their_name in move.theirs])
+        for path in {slot.path for slot in move.ours}:
+            parts[path].append(move)
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        origin = sources.get(path_name(path))
+        return leaf if origin is None else read(origin, parts[origin], tensors, leaf)
+
+    params = jax.tree_util.tree_map_with_path(one, params)
+    if workdir:
+        there = name.removeprefix(HUB)
+        distributed.on_main(lambda: hub_files.keep_beside(Path(workdir), found, tensors, there))
+    return params, told(name, sources, fresh, sorted(set(shapes) - set(sources.values())))
+
+
+def read(path: str, moves: Sequence[Move], tensors: Mapping[str, Tensor], like: jax.Array) -> jax.Array:
+    """The parameter of the checkpoint's model at `path`, with the shape, dtype and sharding of `like`."""
+    array = np.zeros(like.shape, like.dtype)
+    for move in moves:
+        ours = move.transform.to_ours([tensors[name].read() for name in move.theirs])
         for slot, values in zip(move.ours, ours, strict=True):
-            if slot.path in wanted:
-                room = arrays[slot.path][slot.index]
-                room[: len(values)] = values  # what fills a padded vocabulary up stays zero
-    params = merged(params, {path: arrays[origin] for path, origin in sources.items()})
-    return params, told(name, sources, fresh, sorted(set(shapes) - wanted))
+            if slot.path == path:  # what fills a padded vocabulary up, on whichever axis, stays zero
+                array[(*slot.index, *(slice(size) for size in values.shape))] = values
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
 
 
 def under_their_head(ours: Any, theirs: Any) -> Any:
@@ -147,16 +177,6 @@ def under_head(theirs: Any, head: str) -> Any:
     default = type(theirs)()
     unread = {name: getattr(default, name) for name, heads in READ_BY.items() if head not in heads}
     return dataclasses.replace(theirs, head=head, **unread)
-
-
-def merged(params: Any, arrays: Mapping[str, Any]) -> Any:
-    """`params` with the arrays at their paths, in the dtypes and shardings that stand there."""
-
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
-        array = arrays.get(path_name(path))
-        return leaf if array is None else jax.device_put(jnp.asarray(array, leaf.dtype), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def told(name: str, sources: Mapping[str, str], fresh: Mapping[str, Any], dropped: list[str]) -> str:

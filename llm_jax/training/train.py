@@ -124,7 +124,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
     run_folder.check_same_config(workdir, to_dict(cfg))
     init = lambda: train_state.init(model, tx, abstract_state, cfg.seed)  # noqa: E731
-    from_hub = lambda name, params: pretrained.start_from(name, params, cfg)  # noqa: E731
+    from_hub = lambda name, params: pretrained.start_from(name, params, cfg, workdir)  # noqa: E731
     start = checkpoint.start(cfg.checkpoint, checkpoints, abstract_state, init, from_hub)
     if start.step > steps:
         raise UserError(
