@@ -66,7 +66,7 @@ REFUSED = [
     ),
     (["model.rope.base=5e5", "model.positions=learned"], ["model.rope.base = 500000", "model.positions = rotary"]),
     (["model.relative_buckets=16"], ["model.relative_buckets = 16", "model.positions = relative"]),
-    (["model.norm=layernorm", "model.bias=all", "model.norm_scale=false"], ["model.norm_scale = False"]),
+    (["model.norm=layernorm", "model.bias=all", "model.norm_scale=none"], ["model.norm_scale = 'none'"]),
     (["model.padded_vocab_in_softmax=true"], ["model.padded_vocab_in_softmax = True", "vocab_multiple"]),
     (["model.init=torch", "model.init_std=0.1"], ["model.init_std = 0.1"]),
     (["model.moe.top_k=3"], ["model.moe.top_k = 3", "num_experts is 0"]),
