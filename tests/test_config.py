@@ -8,7 +8,7 @@ import textwrap
 import ml_collections
 import pytest
 
-from llm_jax.config import Config, SourceConfig, config_names, differences, find_config, from_dict, load, to_dict
+from llm_jax.config import Config, SourceConfig, check, config_names, differences, find_config, from_dict, load, to_dict
 from llm_jax.config.resolve import all_keys
 from llm_jax.errors import ConfigError
 
@@ -196,14 +196,21 @@ def test_every_key_can_be_overridden_and_nothing_else_changes(key):
     assert [(key, value) for key, value, _ in changed] == [(key, value)]
 
 
-PARTS = ("model.moe.", "model.latent.", "model.lora.")  # off by default: a run that leaves one off meets its switch alone
+# Off by default: a run that leaves one off meets its switch alone.
+PARTS = ("model.moe.", "model.latent.", "model.lora.", "data.masking.", "data.columns.", "data.mixture.NAME.")
+# Of labelled tasks: a run on plain text is refused with one of them.
+LABELLED = {"data.buckets", "data.pack_texts", "data.stride", "data.answer_length", "train.temperature"}
+# A mixture's sources replace the one source's keys, so no run reaches both.
+SOURCE = {"data.path", "data.format", "data.validation_path", "data.text_key", "data.separator"}
 
 
 def test_fewer_than_150_keys():
-    """A mixture's sources replace the one source's keys, so no run reaches both."""
-    instead = {"path", "format", "validation_path", "text_key", "separator"}
-    keys = [key for key in all_keys() if key.removeprefix("data.") not in instead and not key.startswith(PARTS)]
+    """In a run of a decoder on text: `all_keys` are those of the default family."""
+    keys = [key for key in all_keys() if key not in SOURCE | LABELLED and not key.startswith(PARTS)]
     assert len(keys) + len(PARTS) < 150
+    for key in LABELLED - {"data.pack_texts"}:
+        with pytest.raises(ConfigError, match=key):
+            check(load("", ["train.steps=5", f"{key}={7 if key != 'train.temperature' else 0.5}"]))
 
 
 # ------------------------------------------------------------------------------------------------- and back
