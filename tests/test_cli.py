@@ -162,7 +162,7 @@ def test_overrides_before_and_after_the_config_in_order(capsys, arguments):
 def trained(stub):
     calls = []
     stub(
-        "llm_jax.training.train", train=lambda cfg, workdir: calls.append((cfg, workdir)), describe=lambda cfg: cfg.name
+        "llm_jax.training.train", train=lambda cfg, workdir, step_file: calls.append((cfg, workdir)), describe=lambda cfg: cfg.name
     )
     return calls
 
@@ -222,7 +222,7 @@ def test_refused_config_makes_no_folder(capsys, monkeypatch, tmp_path, trained):
     ],
 )
 def test_every_way_to_end_has_its_line_and_code(capsys, monkeypatch, tmp_path, stub, error, code, text):
-    def fail(cfg, workdir):
+    def fail(cfg, workdir, step_file):
         raise error
 
     stub("llm_jax.training.train", train=fail)
@@ -231,7 +231,7 @@ def test_every_way_to_end_has_its_line_and_code(capsys, monkeypatch, tmp_path, s
 
 
 def test_debug_shows_the_traceback(capsys, tmp_path, stub):
-    stub("llm_jax.training.train", train=lambda cfg, workdir: 1 / 0)
+    stub("llm_jax.training.train", train=lambda cfg, workdir, step_file: 1 / 0)
     assert cli.main(["--debug", "train", "--config=quickstart", f"--workdir={tmp_path}"]) == 1
     message = capsys.readouterr().err
     assert "Traceback" in message and message.endswith("error: ZeroDivisionError: division by zero\n")

@@ -48,6 +48,8 @@ def folder(tmp_path_factory):
     story = "Ada has {} apples.\nBen gives her {} more unhappily.\nNow she has so many more apples.\n\n"
     rare = ["".join(np.random.default_rng(n).choice(list("abcdefghijklmno"), 9)) for n in range(48)]  # of several pieces
     (folder / "stories.txt").write_text("".join(story.format(*rare[2 * n : 2 * n + 2]) for n in range(24)))
+    plain = "Ada has {} apples.\nBen gives her two more unhappily.\nNow she has so many more apples.\n\n"
+    (folder / "short.txt").write_text("".join(plain.format(number) for number in range(24)))  # rows have room, and are few
     labelled = [
         {"text": f"one text {i % 5}", "body": f"another {i} one", "third": "a third", "label": "xy"[i % 2], "tag": "uv"[i % 3 > 0],
          "number": i % 2, "answers": {"text": ["another"], "answer_start": [0]}} for i in range(80)
@@ -198,16 +200,19 @@ def kept(cfg, folder):
     return keep.should_preserve([types.SimpleNamespace(step=step) for step in range(1, 11)], context=None)
 
 
+NO_PARAMETERS = types.SimpleNamespace(params={})
+
+
 def beginning(cfg, folder):
     empty = types.SimpleNamespace(workdir=folder, steps=list)
-    return checkpoint.start(cfg.checkpoint, empty, None, lambda: "fresh").how
+    return checkpoint.start(cfg.checkpoint, empty, NO_PARAMETERS, lambda: "fresh").how
 
 
 def beginning_again(cfg, folder):
     there = types.SimpleNamespace(workdir=folder, steps=lambda: [5], _put_aside=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_whole_state", lambda *args, **_: types.SimpleNamespace(how="goes on"))
-        return checkpoint.start(cfg.checkpoint, there, None, None).how
+        return checkpoint.start(cfg.checkpoint, there, NO_PARAMETERS, None).how
 
 
 def choices(cfg, folder):
@@ -331,7 +336,7 @@ KEYS = {
     "data.masking.redraw": (stream, False, *MASKED),
     "data.masking.next_sentence": (stream, False, *MASKED),
     "data.masking.short_rows": (stream, 0.9, *MASKED),
-    "data.masking.copies": (stream, 2, *MASKED),
+    "data.masking.copies": (stream, 2, *MASKED, "data.path=PATH/short.txt"),
     "data.masking.phases": (stream, "2=8", *MASKED),
     "data.columns.text": (stream, "body", *LABELLED),
     "data.columns.pair": (stream, "body", *LABELLED),
@@ -435,7 +440,7 @@ MORE = [  # other values of keys with several
     ("data.eos", (stores, "prepend", "data.separator=\n\n")),
     ("optim.name", (updates, "muon")),
     ("optim.name", (updates, "lamb")),
-    ("data.pack_texts", (stream, True, *MASKED)),
+    ("data.pack_texts", (stream, True, *MASKED, "data.path=PATH/short.txt")),
     ("data.eos", (stores, "lines", "data.tokenizer=wordpiece")),
     ("optim.name", (updates, "adafactor", "model.scan_layers=False")),
     ("optim.name", (updates, "sgd")),
