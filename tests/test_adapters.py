@@ -57,7 +57,8 @@ PHI3 = layers("self_attn.qkv_proj", (64, 32)) | layers("mlp.gate_up_proj", (80, 
 
 def logits(run):
     run = restore.restore(str(run))
-    return np.asarray(jax.jit(run.model.apply)(run.params, hub_models.tokens(2, 24)))
+    rows = np.tile(hub_models.tokens(2, 24), (4, 1))  # one for each device
+    return np.asarray(jax.jit(run.model.apply)(run.params, rows))
 
 
 def merged_source(folder, name, changes, *, conv=False, head_from=None):
