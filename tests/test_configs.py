@@ -143,18 +143,15 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
-def first_of_each_recipe() -> list:
-    """All of `distinct`; what comes after the first of its folder is a slow test."""
-    folders = set()
-    found = []
-    for spec in distinct():
-        folder = spec.partition(":")[0].rpartition("/")[0] or spec.partition(":")[0]
-        found.append(pytest.param(spec, marks=[pytest.mark.slow] if folder in folders else []))
-        folders.add(folder)
-    return found
+QUICKLY = {"quickstart", "shakespeare_char", "smoke/everything", "examples/mixture", "gpt2/124m", "mixtral/8x22b"}
 
 
-@pytest.mark.parametrize("spec", first_of_each_recipe())
+def all_recipes() -> list:
+    """All of `distinct`; but for a few they are slow tests."""
+    return [pytest.param(spec, marks=[] if spec in QUICKLY else [pytest.mark.slow]) for spec in distinct()]
+
+
+@pytest.mark.parametrize("spec", all_recipes())
 def test_trains_when_shrunk(capsys, tmp_path, spec):
     for number, name in enumerate(("train.bin", "val.bin")):
         np.random.default_rng(number).integers(0, 300, 5000).astype(np.uint16).tofile(tmp_path / name)
