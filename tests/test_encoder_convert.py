@@ -38,7 +38,12 @@ def assert_same_bits(found, expected):
         assert found[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("name", hub_encoders.CASES)
+QUICKLY = ("BertForPreTraining", "BertForSequenceClassification", "DistilBertModel", "DebertaV2ForMaskedLM",
+           "ElectraForPreTraining", "ModernBertForTokenClassification", "RobertaForQuestionAnswering")  # fmt: skip
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in hub_encoders.CASES if name not in QUICKLY]
+
+
+@pytest.mark.parametrize("name", [*QUICKLY, *SLOWLY])
 def test_outputs_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, tmp_path, capsys):
     source = hub_encoders.checkpoint(tmp_path / "source", name)
     put_reference(source, name)
