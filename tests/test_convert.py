@@ -55,7 +55,14 @@ def assert_same_bits(found, expected):
         assert found[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("name", hub_models.CASES)
+def first_of_each_architecture() -> list:
+    """All models; but for the first of each architecture they are slow tests."""
+    first = {kind: name for name, (kind, _) in reversed(hub_models.CASES.items())}
+    return [pytest.param(name, marks=[] if first[kind] == name else [pytest.mark.slow])
+            for name, (kind, _) in hub_models.CASES.items()]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", first_of_each_architecture())
 def test_logits_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, tmp_path, capsys):
     source = hub_models.checkpoint(tmp_path / "source", name)
     put_reference(source, name)
