@@ -10,7 +10,7 @@ from tiny import QUICK, build, numbers
 from tiny_encoders import DISENTANGLED, ROTARY, encoder, texts
 
 from llm_jax.config import DecoderConfig, EncoderConfig
-from llm_jax.config.checks import check_model
+from llm_jax.config.model import check_model
 from llm_jax.errors import ConfigError
 from llm_jax.models.disentangled import log_bucket
 from llm_jax.models.flops import training_flops

@@ -10,7 +10,7 @@ from tiny import QUICK, assert_close, assert_same_bits, build, decoder, mesh_lay
 from tiny_encoders import DISENTANGLED, encoder, texts
 
 from llm_jax.config import CheckpointConfig, LoraConfig, OptimConfig, load
-from llm_jax.config.checks import check_model
+from llm_jax.config.model import check_model
 from llm_jax.errors import ConfigError, UserError
 from llm_jax.models import lora, registry
 from llm_jax.models.flops import training_flops

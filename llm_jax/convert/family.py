@@ -14,7 +14,7 @@ from llm_jax.config import (
     TransformerConfig,
     from_dict,
 )
-from llm_jax.config.checks import check_model
+from llm_jax.config.model import check_model
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Rule, matches
 from llm_jax.errors import ConfigError, UserError
