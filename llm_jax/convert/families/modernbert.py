@@ -72,8 +72,10 @@ def _read_rope(keys: Keys, kind: str) -> dict[str, Any]:
 
 
 def write_modernbert(cfg: EncoderConfig) -> dict[str, Any]:
-    says, bases = function_of(cfg), (cfg.rope.base, cfg.window_rope_base or cfg.rope.base)
-    bases = dict(zip(BASES, bases, strict=True))
+    says, bases = function_of(cfg), {kind: usual for kind, (_, usual) in BASES.items()}
+    bases["full_attention"] = cfg.rope.base
+    if "window" in layer_words(cfg):  # without one, our config has no base for such layers
+        bases["sliding_attention"] = cfg.window_rope_base or cfg.rope.base
     return {
         "vocab_size": says.vocab_size,
         "num_hidden_layers": cfg.num_layers,
