@@ -11,6 +11,7 @@ from llm_jax.convert.rules import Rule, fused_linear, linear
 from llm_jax.convert.windows import TYPES, read_words, window_keys
 from llm_jax.models.kinds import layer_words
 
+USUAL_WINDOW = 128
 BASES = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}
 
 
@@ -31,7 +32,7 @@ def read_modernbert(keys: Keys) -> dict[str, Any]:
                 "sparse_pred_ignore_index", "cls_token_id", "repad_logits_with_grad")  # fmt: skip
     layers, every = keys.take("num_hidden_layers", 22), keys.take("global_attn_every_n_layers", 3)
     default = ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)]
-    window = keys.take("local_attention", 128)
+    window = keys.take("local_attention", USUAL_WINDOW)
     ropes = {kind: _read_rope(keys, kind) for kind in BASES}
     local = ropes["sliding_attention"]
     if local["fraction"] != 1 or "scaling" in local:
@@ -87,7 +88,7 @@ def write_modernbert(cfg: EncoderConfig) -> dict[str, Any]:
         "initializer_range": cfg.init_std,
         "embedding_dropout": cfg.dropout.embedding,
         "attention_dropout": cfg.dropout.attention,
-        "local_attention": cfg.sliding_window,
+        "local_attention": cfg.sliding_window or USUAL_WINDOW,
         "layer_types": [TYPES[word] for word in layer_words(cfg)],
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": bases[kind]} for kind in BASES},
         **{BASES[kind][0]: bases[kind] for kind in BASES},
