@@ -98,6 +98,14 @@ class Topology:
     def name(self) -> str:
         return f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
 
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Of a TPU slice, whether each dimension is closed to a ring: all of them in slices of whole cubes of 4 on v4,
+        v5p and tpu7x, those as long as a pod's side on v5e and v6e."""
+        if self.hardware.torus == 3:
+            return (all(size % 4 == 0 for size in self.shape),) * 3
+        return tuple(size == 16 for size in self.shape)
+
     def __str__(self) -> str:
         return f"{self.name} x {self.slices} slices" if self.slices > 1 else self.name
 

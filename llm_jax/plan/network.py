@@ -173,11 +173,5 @@ def torus_seconds(kind: str, sent: float, places: np.ndarray, machine: Topology)
         return sent / (2 * hardware.torus * hardware.link)
     if kind == "all-to-all":  # the fullest dimension: an eighth of its length times the array crosses each link
         return sent * max(extents) / 8 / hardware.link
-    rings = sum(2 if wraps(machine, d) and extents[d] == machine.shape[d] else 1 for d in spanned)
+    rings = sum(2 if machine.wrap[d] and extents[d] == machine.shape[d] else 1 for d in spanned)
     return sent * hardware.devices_a_chip / (rings * hardware.link)
-
-
-def wraps(machine: Topology, dimension: int) -> bool:
-    """Whether a torus dimension is closed to a ring: whole cubes of 4 on v4, v5p and tpu7x, whole pods of 16 else."""
-    size = machine.shape[dimension]
-    return size % 4 == 0 if machine.hardware.torus == 3 else size == 16

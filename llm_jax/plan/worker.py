@@ -87,7 +87,8 @@ def absent_devices(machine: Any) -> list[Any]:
     from llm_jax.plan.hardware import card_description
 
     if machine.hardware.tpu:
-        given = {"num_slices": machine.slices} if machine.slices > 1 else {}
+        # Unless it is told of the rings, the compiler takes every dimension for open, and gathers by sums over zeros.
+        given = {"wrap": (*machine.wrap, False)[:3]} | ({"num_slices": machine.slices} if machine.slices > 1 else {})
         given |= {"chip_config_name": "megacore"} if machine.hardware.name == "v4" else {}
         return list(topologies.get_topology_desc(machine.name, "tpu", **given).devices)
     nodes, gpus = machine.shape
