@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from llm_jax.convert import pieces
 from llm_jax.convert import safetensors as ours
 from llm_jax.convert.safetensors import Planned
 from llm_jax.errors import DataError
@@ -182,11 +183,19 @@ def test_a_folder_of_nothing_or_of_nameless_files(tmp_path):
         ours.read_folder(tmp_path)
 
 
-def test_a_transposed_array_is_written_in_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(ours, "PIECE_BYTES", 40)
-    array = np.arange(70, dtype=np.float32).reshape(7, 10).T
-    assert [len(piece) for piece in ours.rows_of(array)] == [1] * 10
-    monkeypatch.setattr(ours, "PIECE_BYTES", 90)
-    assert [len(piece) for piece in ours.rows_of(array)] == [3, 3, 3, 1]
-    ours.write_folder(tmp_path, [Planned("a", array.dtype, array.shape)], lambda _: array, largest=1 << 20)
-    np.testing.assert_array_equal(ours.read_folder(tmp_path)["a"].read(), array)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=str)
+def test_arrays_are_read_and_written_in_pieces(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 90)
+    monkeypatch.setattr(pieces, "TILE", 3)
+    plain = np.arange(7 * 10 * 4).reshape(7, 10, 4).astype(dtype)
+    arrays = {"plain": plain, "turned": plain[:, :, 0].T, "experts": plain.swapaxes(1, 2), "cut": plain[:, 2:5]}
+    arrays |= {"row": plain[:1, :1], "one": plain[0, 0, 0].reshape(())}
+    write(tmp_path, arrays)
+    for name, tensor in ours.read_folder(tmp_path).items():
+        np.testing.assert_array_equal(tensor.read(), arrays[name])
+
+
+def test_an_array_of_many_rows_is_cut_into_as_many_as_fit(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 90)
+    rows = lambda *shape: pieces.rows_in(np.zeros(shape, np.float32))  # noqa: E731
+    assert (rows(10, 7), rows(10, 30), rows(0, 3)) == (3, 1, 1)

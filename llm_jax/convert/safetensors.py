@@ -8,7 +8,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llm_jax.convert import pieces
 from llm_jax.errors import DataError
 
 DTYPES = {
@@ -40,7 +42,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20  # the format's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PIECE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,22 @@ class Tensor:
     def read(self) -> np.ndarray:
         """The tensor. Raises DataError where the file ends before it does."""
         array = np.empty(self.nbytes, np.uint8)
+
+        def one(start: int) -> None:
+            self.read_bytes(start, memoryview(array)[start : start + pieces.PIECE_BYTES])
+
+        pieces.each(one, range(0, self.nbytes, pieces.PIECE_BYTES))
+        return array.view(self.dtype).reshape(self.shape)
+
+    def read_bytes(self, start: int, into: memoryview) -> None:
+        """The tensor's bytes from `start` on, as many as there is room for. Raises as `read`."""
         with open(self.file, "rb", buffering=0) as stream:
-            stream.seek(self.start)
-            view, done = memoryview(array), 0
-            while done < self.nbytes:
-                count = stream.readinto(view[done : done + (64 << 20)])
+            stream.seek(self.start + start)
+            while into:
+                count = stream.readinto(into)
                 if not count:
                     raise DataError(f"{self.file}: the file ends inside {self.name}; fetch it again")
-                done += count
-        return array.view(self.dtype).reshape(self.shape)
+                into = into[count:]
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -239,23 +247,31 @@ def write_file(path: Path, tensors: Sequence[Planned], produce: Callable[[Planne
     text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
     with open(path, "wb", buffering=0) as stream:
         write_all(stream, len(text).to_bytes(8, "little") + text)
+        start = stream.tell()
         for tensor in tensors:
             array = produce(tensor)
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {array.dtype}{array.shape}, planned was {tensor}")
-            for piece in rows_of(array):
-                write_all(stream, memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+            write_array(stream, start, array)
+            start += tensor.nbytes
+            del array  # before the next is made
         os.fsync(stream.fileno())
 
 
-def rows_of(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array in rows of about `PIECE_BYTES`: a transposed one is never twice in memory."""
-    if array.flags.c_contiguous or not array.size:
-        yield array
-        return
-    rows = max(PIECE_BYTES * len(array) // array.nbytes, 1)
-    for start in range(0, len(array), rows):
-        yield array[start : start + rows]
+def write_array(stream: Any, start: int, array: np.ndarray) -> None:
+    """The array's bytes from byte `start` of a file on. A transposed one is never twice in memory."""
+    array = array.reshape(-1) if array.flags.c_contiguous else array
+    writing = threading.Lock()  # a file takes one piece at a time, and threads that wait there would wait busily
+
+    def write_rows(first: int) -> None:
+        rows = pieces.contiguous(array[first : first + step])
+        with writing:
+            stream.seek(start + first * row_bytes)
+            write_all(stream, rows.reshape(-1).view(np.uint8))
+
+    if array.size:
+        step, row_bytes = pieces.rows_in(array), array.nbytes // len(array)
+        pieces.each(write_rows, range(0, len(array), step))
 
 
 def write_all(stream: Any, content: Any) -> None:

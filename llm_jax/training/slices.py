@@ -6,18 +6,18 @@ What is read is summed on the way, and in the end held against the fingerprints 
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import tensorstore
 
-from llm_jax.training.arrays import CHUNK_BYTES, reraise_if_environment
+from llm_jax.convert import pieces
+from llm_jax.training.arrays import reraise_if_environment
 from llm_jax.training.record import DamagedCheckpoint, check_fit, read_record, root_cause, some
-from llm_jax.training.streamed import WORKERS, folder_name, sums
+from llm_jax.training.streamed import folder_name, sums
 
-CACHE_BYTES = 256 << 20  # of decoded chunks, of which one may hold a few layers
+CACHE_BYTES = 256 << 20  # of decoded chunks that hold several layers; others are read once
 
 
 class SavedArrays:
@@ -38,13 +38,11 @@ class SavedArrays:
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._stores: dict[str, tensorstore.TensorStore] = {}
         self._sums: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {}
-        self._pool = ThreadPoolExecutor(WORKERS)
 
     def __enter__(self) -> "SavedArrays":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown()
         if kind is None:
             self._check()
 
@@ -52,30 +50,24 @@ class SavedArrays:
         """What lies at `index` of the first axes, in memory of its own."""
         try:
             if path not in self._stores:
-                self._stores[path] = self._open(path)
-            store = self._stores[path]
-            found = np.ascontiguousarray(store[index].read().result() if index else store.read().result())
+                self._stores[path] = self._open(path, len(index))
+            found, first, second = _read(self._stores[path], index)
         except Exception as error:  # whatever tensorstore makes of files that are not what Orbax wrote
             reraise_if_environment(error)
             raise DamagedCheckpoint(f"{path} cannot be read ({root_cause(error)})") from error
-        self._sums.setdefault(path, {})[index] = self._summed(found, index, store.shape)
+        self._sums.setdefault(path, {})[index] = (first, second, found.size)
         return found
 
-    def _open(self, path: str) -> tensorstore.TensorStore:
+    def _open(self, path: str, depth: int) -> tensorstore.TensorStore:
+        """`depth`: how many first axes are read one index at a time."""
         kvstore = {"driver": "file", "path": f"{self._state / folder_name(path)}/"}
         if (self._state / "manifest.ocdbt").exists():
             kvstore = {"driver": "ocdbt", "base": f"file://{self._state}/", "path": f"{folder_name(path)}/"}
         spec = {"driver": "zarr3", "kvstore": kvstore, "recheck_cached_data": False, "recheck_cached_metadata": False}
-        return tensorstore.open(spec, read=True, open=True, context=self._context).result()
-
-    def _summed(self, block: np.ndarray, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The block's part of its array's two sums (see `fingerprint.py`), and how many numbers it has."""
-        flat = block.reshape(-1)
-        offset = int(np.ravel_multi_index(index, shape[: len(index)])) * flat.size if index else 0
-        piece = max(CHUNK_BYTES // block.dtype.itemsize, 1)
-        each = lambda start: sums(flat[start : start + piece], offset + start)  # noqa: E731
-        parts = list(self._pool.map(each, range(0, flat.size, piece)))
-        return sum(part[0] for part in parts), sum(part[1] for part in parts), flat.size
+        store = tensorstore.open(spec, read=True, open=True).result()
+        if max(store.chunk_layout.read_chunk.shape[:depth], default=1) > 1:
+            store = tensorstore.open(spec, read=True, open=True, context=self._context).result()
+        return store
 
     def _check(self) -> None:
         different = []
@@ -87,3 +79,26 @@ class SavedArrays:
                 different.append(path)
         if different:
             raise DamagedCheckpoint(f"{some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
+
+
+def _read(store: tensorstore.TensorStore, index: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
+    """What lies at `index`, and its part of its array's two sums (see `fingerprint.py`)."""
+    part, shape = store[index], store.shape[len(index) :]
+    if not shape:
+        part = part[tensorstore.newaxis]
+    found = np.empty(part.shape, store.dtype.numpy_dtype)
+    offset = int(np.ravel_multi_index(index, store.shape[: len(index)])) * found.size if index else 0
+    rows = rows_of_chunks(found, store.chunk_layout.read_chunk.shape[len(index)] if shape else 1)
+
+    def read_rows(start: int) -> tuple[int, int]:
+        block = found[start : start + rows]
+        tensorstore.array(block, copy=False, write=True).write(part[start : start + len(block)]).result()
+        return sums(block, offset + start * math.prod(shape[1:]))[:2]
+
+    both = pieces.each(read_rows, range(0, len(found), rows))
+    return found.reshape(shape), sum(first for first, _ in both), sum(second for _, second in both)
+
+
+def rows_of_chunks(array: np.ndarray, chunk: int) -> int:
+    """Rows to read at a time, about a piece: whole chunks, `chunk` rows each, for one is decoded whole."""
+    return max(pieces.rows_in(array) // chunk, 1) * chunk

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,14 +18,13 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
+from llm_jax.convert import pieces
 from llm_jax.convert.safetensors import write_all
 from llm_jax.errors import DataError
 from llm_jax.training.arrays import CHUNK_BYTES, nested, quiet_libraries
 from llm_jax.training.record import sealed
 
-WORKERS = min(os.cpu_count() or 1, 8)  # threads, with one chunk each
 PIECE = 1 << 16  # numbers that are summed at a time: they stay in the cache
-TILE = 128  # columns that are transposed at a time, likewise
 
 
 @dataclasses.dataclass
@@ -51,7 +49,6 @@ class StreamedCheckpoint:
         self, staging: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], depths: Mapping[str, int]
     ):
         self.staging, self.shapes, self.depths = staging, dict(shapes), dict(depths)
-        self._pool = ThreadPoolExecutor(WORKERS)
         self._written = {path: Written() for path in self.shapes}
         for path in self.shapes:
             self._create(path)
@@ -92,8 +89,7 @@ class StreamedCheckpoint:
             self._write_chunk(path, (*index, start // rows, *(0,) * (len(room) - 1)), rows, block)
             return *found, block.size
 
-        # All is done on return: nothing holds on to `values`.
-        for first, second, finite, count in self._pool.map(write_rows, range(0, room[0], rows)):
+        for first, second, finite, count in pieces.each(write_rows, range(0, room[0], rows)):
             if not finite:
                 raise DataError(f"{source} holds numbers that are not finite: it is damaged, or its training failed")
             written.first += first
@@ -113,7 +109,6 @@ class StreamedCheckpoint:
 
         Raises ValueError where something was never written.
         """
-        self._pool.shutdown()
         lost = [path for path, written in self._written.items() if written.count != math.prod(self.shapes[path].shape)]
         if lost:
             raise ValueError(f"these were not written once and whole: {lost}")
@@ -157,13 +152,9 @@ def block_of(values: np.ndarray, start: int, stop: int, room: tuple[int, ...], d
     part = values[start:stop]
     if part.shape == (stop - start, *room[1:]) and part.flags.c_contiguous and part.dtype == dtype:
         return part
-    block = np.zeros((stop - start, *room[1:]), dtype)
-    into = block[tuple(slice(size) for size in part.shape)]
-    if part.ndim == 2:  # mostly a transposed matrix, which numpy would copy number by number over all its rows
-        for column in range(0, part.shape[1], TILE):
-            into[:, column : column + TILE] = part[:, column : column + TILE]
-    else:
-        into[...] = part
+    full = (stop - start, *room[1:])
+    block = np.empty(full, dtype) if part.shape == full else np.zeros(full, dtype)
+    pieces.fill(block[tuple(slice(size) for size in part.shape)], part)
     return block
 
 
@@ -188,7 +179,7 @@ def sums(block: np.ndarray, offset: int) -> tuple[int, int, bool]:
         wide = piece.astype(np.uint32)
         total = int(wide.sum(dtype=np.uint32))
         first += total
-        second += int(np.dot(wide, odd[: len(wide)])) + 2 * (offset + start) * total
+        second += int(np.einsum("i,i", wide, odd[: len(wide)])) + 2 * (offset + start) * total  # np.dot takes twice it
     return first % 2**32, second % 2**32, finite
 
 
