@@ -37,6 +37,7 @@ PARAMETER_RULES: Rules = (
     ("adapter", ()),
     ("layers", ("stage",)),
     ("first_layers", ()),  # before the pipeline: every stage computes them
+    ("last_layers", ()),  # likewise behind it
     ("position", ()),
     ("buckets", ()),
     ("head_dim", ()),

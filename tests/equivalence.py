@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import QUICK, numbers, packed
+from tiny import QUICK, numbers, packed, unstacked
 
-from llm_jax.config import Config, check, check_devices, override
+from llm_jax.config import Config, TransformerConfig, check, check_devices, override
+from llm_jax.config.kinds import segments
 from llm_jax.errors import ConfigError
 from llm_jax.models import registry
 from llm_jax.objectives.language import LanguageObjective
@@ -233,7 +234,7 @@ def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.nd
         grads, terms, _ = step.gradients(model, objective, params, batch, **settings)
         return terms | {"total": sum(k * terms[name] for name, k in objective.coefficients().items())}, grads
 
-    params = params if cfg.model.scan_layers else unstacked(params)
+    params = params if cfg.model.scan_layers else unstacked(params, cfg.model)
     params = jax.tree.map(lambda p: p.astype(cfg.precision.params), params)
     shapes, axes, outputs = model.shapes(), model.axes(), {}
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
@@ -243,24 +244,15 @@ def gradients(cfg: Config, layout: Layout, params: Any) -> tuple[dict[str, np.nd
         outputs = {"out_shardings": (layout.replicated, shardings)}
     batch = layout.put_batch(packed(ROWS, LENGTH), ROWS)
     terms, grads = jax.tree.map(np.asarray, jax.jit(run, **outputs, compiler_options=QUICK)(params, batch))
-    return terms, grads if cfg.model.scan_layers else stacked(grads)
+    return terms, grads if cfg.model.scan_layers else stacked(grads, cfg.model)
 
 
-def unstacked(params: Any) -> Any:
-    """{"blocks": leaves (L, ...)}, and "first_blocks" before them, to {"block_0": ..., ...}."""
-    layers = []
-    for stack in (params["stack"].get("first_blocks"), params["stack"]["blocks"]):
-        count = len(jax.tree.leaves(stack)[0]) if stack else 0
-        layers += [jax.tree.map(lambda p, i=i: p[i], stack) for i in range(count)]
-    return params | {"stack": {f"block_{i}": layer for i, layer in enumerate(layers)}}
-
-
-def stacked(params: Any) -> Any:
-    layers = [params["stack"][f"block_{i}"] for i in range(len(params["stack"]))]
-    kinds = [jax.tree.structure(layer) for layer in layers]
-    first = sum(kind != kinds[-1] for kind in kinds)
-    parts = {"first_blocks": layers[:first], "blocks": layers[first:]}
-    stack = {name: jax.tree.map(lambda *leaves: np.stack(leaves), *part) for name, part in parts.items() if part}
+def stacked(params: Any, model: TransformerConfig) -> Any:
+    """`unstacked`, the way back."""
+    layers, stack = [params["stack"][f"block_{i}"] for i in range(model.num_layers)], {}
+    for segment in segments(model):
+        part = layers[segment.first : segment.first + len(segment.kinds)]
+        stack[segment.name] = jax.tree.map(lambda *leaves: np.stack(leaves), *part)
     return params | {"stack": stack}
 
 

@@ -10,13 +10,13 @@ import pytest
 from tiny import QUICK, decoder, mesh_layout
 
 from llm_jax.config import DecoderConfig, MeshConfig
+from llm_jax.config.kinds import layer_kinds
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import KERNELS, AttentionOptions, select
 from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask, causal_mask
 from llm_jax.models.attention import Attention, Shared, choose_kernel
-from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layers import Axes
 from llm_jax.models.positions import rotary_angles
 from llm_jax.precision import Precision

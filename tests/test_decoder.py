@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, assert_close, build, decoder, numbers, packed
+from tiny import QUICK, assert_close, build, decoder, numbers, packed, unstacked
 
 from llm_jax.config import DecoderConfig, from_dict
 from llm_jax.errors import ConfigError
@@ -338,12 +338,6 @@ def test_training_flops_counted_by_hand():
 # --------------------------------------------------------------------------------------------- layers and remat
 
 
-def unstacked(params, layers):
-    blocks = params["stack"]["blocks"]
-    stack = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(layers)}
-    return params | {"stack": stack}
-
-
 def value_and_gradient(cfg, params, batch):
     model = build(cfg)
 
@@ -359,9 +353,9 @@ def test_scanned_and_unrolled_layers_are_the_same():
     params, batch = numbers(build(cfg)), packed(2, 8)
     value, gradient = value_and_gradient(cfg, params, batch)
     assert_all_used(gradient)
-    value2, gradient2 = value_and_gradient(dataclasses.replace(cfg, scan_layers=False), unstacked(params, 3), batch)
+    value2, gradient2 = value_and_gradient(dataclasses.replace(cfg, scan_layers=False), unstacked(params, cfg), batch)
     np.testing.assert_allclose(value, value2, rtol=1e-6)
-    assert_close(unstacked(gradient, 3), gradient2, atol=2e-6)
+    assert_close(unstacked(gradient, cfg), gradient2, atol=2e-6)
 
 
 def assert_all_used(gradient):

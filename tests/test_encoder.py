@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, build, numbers
+from tiny import QUICK, build, numbers, unstacked
 from tiny_encoders import DISENTANGLED, ROTARY, encoder, texts
 
 from llm_jax.config import DecoderConfig, EncoderConfig
@@ -76,13 +76,7 @@ def test_layers_stacked_and_each_by_itself_are_the_same():
         cfg = encoder(num_layers=3, **form)
         model, single = build(cfg), build(dataclasses.replace(cfg, scan_layers=False, remat="full"))
         params, batch = numbers(model), texts(2, 16)
-        stack = {}
-        for name in ("first_blocks", "blocks"):
-            for i in range(len(jax.tree.leaves(params["stack"].get(name, {}))[:1] and
-                               jax.tree.leaves(params["stack"][name])[0])):
-                stack[f"block_{len(stack)}"] = jax.tree.map(lambda p, i=i: p[i], params["stack"][name])
-        assert len(stack) == 3
-        a, b = apply(model, params, given(batch)), apply(single, params | {"stack": stack}, given(batch))
+        a, b = apply(model, params, given(batch)), apply(single, unstacked(params, cfg), given(batch))
         real = batch["segment_ids"] > 0
         np.testing.assert_allclose(a[real], b[real], rtol=0, atol=2e-5)
 

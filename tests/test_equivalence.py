@@ -19,6 +19,7 @@ from equivalence import (
     MESHES,
     Cell,
     Found,
+    config,
     covering_array,
     errors,
     family_cells,
@@ -30,8 +31,8 @@ from equivalence import (
     refusal,
     stacked,
     stderr_lines,
-    unstacked,
 )
+from tiny import unstacked
 
 ALLOWED = [cell for cell in product() if not refusal(cell)]
 ARRAY = covering_array(ALLOWED)
@@ -231,13 +232,15 @@ def test_in_low_precision_with_float32_masters(mesh, compute):
 # ------------------------------------------------------------------------------------------------ the yardstick itself
 
 
+EXAMPLE = Cell(("data",), packed=False, moe=True)
+
+
 @pytest.fixture(scope="module")
 def example():
     """Parameters, terms and gradient of one device, with experts that drop some choices."""
-    cell = Cell(("data",), packed=False, moe=True)
-    assert cell.capacity
+    assert EXAMPLE.capacity
     with jax.enable_x64(True):
-        return one_device(cell.model())
+        return one_device(EXAMPLE.model())
 
 
 def test_the_reference_asks_something_of_every_part(example):
@@ -287,11 +290,11 @@ def test_errors_are_seen(example):
 
 
 def test_stacked_and_unstacked_layers_are_the_same(example):
-    params = example[0]
-    again = stacked(unstacked(params))
+    params, model = example[0], config(EXAMPLE).model
+    again = stacked(unstacked(params, model), model)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(params)))
-    assert sorted(unstacked(params)["stack"]) == ["block_0", "block_1"]
+    assert sorted(unstacked(params, model)["stack"]) == ["block_0", "block_1"]
 
 
 def test_what_xla_writes_is_read(capfd):

@@ -1,4 +1,4 @@
-"""Layers of several kinds in one stack: which layer is which, the loop over them, and what each kind computes."""
+"""Layers of several kinds: which layer is which and in which stack, the loop over them, and what each kind computes."""
 
 import dataclasses
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, assert_close, build, decoder, numbers, packed
+from tiny import QUICK, assert_close, build, decoder, numbers, packed, unstacked
+from tiny_encoders import ROTARY, encoder
 
 from llm_jax.config import check, from_dict
+from llm_jax.config.kinds import LayerKind, layer_kinds, periods, places, segments
 from llm_jax.errors import ConfigError
-from llm_jax.models.kinds import LayerKind, layer_kinds, over_layers, shortest_period
+from llm_jax.models.loop import over_layers
 from llm_jax.objectives.language import LanguageObjective
 
 FULL, WINDOW, ORDERLESS = LayerKind(), LayerKind(window=True), LayerKind(positions=False)
@@ -27,17 +29,64 @@ def test_the_pattern_repeats_over_the_layers():
     assert layer_kinds(decoder(sliding_window=3)) == (WINDOW, WINDOW)
 
 
-def test_the_shortest_period():
-    for words, period in (("aaaa", 1), ("abab", 2), ("ababa", 2), ("aab", 3), ("aabaaba", 3), ("abcb", 4), ("a", 1)):
-        assert shortest_period(words) == period, words
+def test_periods():
+    for words, found in (
+        ("aaaa", [1, 2, 3, 4]), ("abab", [2, 4]), ("ababa", [2, 4, 5]), ("aab", [3]), ("aabaaba", [3, 6, 7]),
+        ("abcb", [4]), ("aba", [2, 3]), ("a", [1]),
+    ):  # fmt: skip
+        assert periods(words) == found, words
+
+
+GEMMA_3 = dict(layer_pattern=("window",) * 5 + ("full",), sliding_window=3)
+EXPERTS = dict(num_experts=4, dense_layers=1)
+# name: config, and the layers of each stack
+STACKS = {
+    "alike": (decoder(num_layers=5), dict(blocks=5)),
+    "one period": (decoder(num_layers=3, layer_pattern=PATTERN, sliding_window=3), dict(blocks=3)),
+    "Gemma 3 1B": (decoder(num_layers=26, **GEMMA_3), dict(blocks=24, last_blocks=2)),
+    "Gemma 3 4B": (decoder(num_layers=34, **GEMMA_3), dict(blocks=30, last_blocks=4)),
+    "Gemma 3 12B": (decoder(num_layers=48, **GEMMA_3), dict(blocks=48)),
+    "a pattern of one kind": (decoder(num_layers=3, layer_pattern=("full", "full")), dict(blocks=3)),
+    "a dense layer first": (decoder(num_layers=5, moe=EXPERTS), dict(first_blocks=1, blocks=4)),
+    "all three": (
+        decoder(num_layers=6, moe=EXPERTS, layer_pattern=("window", "full"), sliding_window=3),
+        dict(first_blocks=1, blocks=4, last_blocks=1),
+    ),
+    "ModernBERT": (
+        encoder(num_layers=6, **ROTARY, layer_pattern=("full", "window", "window"), sliding_window=4),
+        dict(first_blocks=1, blocks=3, last_blocks=2),
+    ),
+    "an encoder of one layer": (encoder(num_layers=1, **ROTARY), dict(first_blocks=1)),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_the_stacks_of_a_model(name):
+    """Every layer is in one of them, in order, with its kind; and the parameters lie so."""
+    cfg, counts = STACKS[name]
+    found = segments(cfg)
+    assert {segment.name: len(segment.kinds) for segment in found} == counts
+    assert sum((segment.kinds for segment in found), ()) == layer_kinds(cfg)
+    assert places(cfg) == [(name, (i,)) for name, count in counts.items() for i in range(count)]
+    assert [places(cfg)[segment.first] for segment in found] == [(segment.name, (0,)) for segment in found]
+    model = build(cfg)
+    shapes, axes = model.shapes()["stack"], model.axes()["stack"]
+    assert {name: {leaf.shape[0] for leaf in jax.tree.leaves(shapes[name])} for name in shapes} == {
+        name: {count} for name, count in counts.items()
+    }
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    assert {leaf[0] for leaf in jax.tree.leaves(axes, is_leaf=is_axes)} == {segment.axis for segment in found}
+    alone = dataclasses.replace(cfg, scan_layers=False)
+    assert places(alone) == [(f"block_{i}", ()) for i in range(cfg.num_layers)]
+    assert sorted(build(alone).shapes()["stack"]) == sorted(name for name, _ in places(alone))
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-@pytest.mark.parametrize("words", ["aaaaa", "ababab", "ababa", "abcabcab", "aab", "abcde", "abb"])
-def test_the_loop_over_layers_is_a_plain_loop(words):
-    """Whole numbers, so both are equal; and no more layers are traced than a period and its rest have."""
+@pytest.mark.parametrize(("words", "period"), [("aaaaa", 1), ("ababab", 2), ("aabaab", 3), ("aba", 3), ("abcde", 5)])
+def test_the_loop_over_layers_is_a_plain_loop(words, period):
+    """Whole numbers, so both are equal; and no more layers are traced than a period has."""
     traced = []
 
     def layer(kind, carry, own):
@@ -47,8 +96,7 @@ def test_the_loop_over_layers_is_a_plain_loop(words):
 
     of_layers = {"a": np.arange(len(words)) + 1, "b": np.arange(2 * len(words)).reshape(-1, 2)}
     carry, found = jax.jit(lambda carry: over_layers(layer, words, carry, of_layers))(jnp.int32(7))
-    period = shortest_period(words)
-    assert len(traced) <= 2 * period + len(words) % period  # a scan traces its body twice
+    assert len(traced) <= 2 * period  # a scan traces its body twice
 
     expected, plain = 7, []
     for i, kind in enumerate(words):
@@ -65,9 +113,10 @@ def test_scanned_layers_are_those_applied_one_by_one(x64, placement):
     cfg = decoder(norm_placement=placement, **MIXED)
     params, batch = numbers(build(cfg, dtype="float64")), packed(3, 12)
     value, gradient = value_and_gradient(cfg, params, batch)
-    alone, gradient_alone = value_and_gradient(dataclasses.replace(cfg, scan_layers=False), unstacked(params, 5), batch)
+    single = dataclasses.replace(cfg, scan_layers=False)
+    alone, gradient_alone = value_and_gradient(single, unstacked(params, cfg), batch)
     np.testing.assert_allclose(value, alone, rtol=1e-12)
-    assert_close(unstacked(gradient, 5), gradient_alone, atol=1e-10)
+    assert_close(unstacked(gradient, cfg), gradient_alone, atol=1e-10)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -81,16 +130,18 @@ def test_remat_changes_no_gradient(x64, scan):
         assert_close(found, expected, atol=1e-12)
 
 
-def unstacked(params, layers):
-    blocks = params["stack"]["blocks"]
-    stack = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(layers)}
-    return params | {"stack": stack}
-
-
 def value_and_gradient(cfg, params, batch):
     model = build(cfg, dtype="float64")
     loss = lambda params: LanguageObjective().sums(model, params, batch, None)["loss"]  # noqa: E731
     return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+
+
+def test_layers_that_fill_no_period_cost_no_copy_of_the_parameters():
+    """Nine layers of two kinds: what a forward pass needs besides its arguments is less than half of those."""
+    cfg = decoder(num_layers=9, layer_pattern=("window", "full"), sliding_window=3, embed_dim=64, mlp_dim=256)
+    model, tokens = build(cfg), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    compiled = jax.jit(model.apply).lower(model.shapes(), tokens).compile().memory_analysis()
+    assert compiled.temp_size_in_bytes < compiled.argument_size_in_bytes / 2
 
 
 @pytest.mark.parametrize("scan", [True, False])

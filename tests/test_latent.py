@@ -11,12 +11,12 @@ import pytest
 from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers
 
 from llm_jax.config import Config, RopeConfig, check, override
+from llm_jax.config.kinds import LayerKind
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import KERNELS, of_one_size
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.attention import Shared
-from llm_jax.models.kinds import LayerKind
 from llm_jax.models.latent import LatentAttention
 from llm_jax.models.positions import rotary_angles, rotary_frequencies
 from llm_jax.precision import Precision

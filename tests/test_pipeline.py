@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers, packed
 
+from llm_jax.config.kinds import LayerKind
 from llm_jax.config.pipeline import bubble, check_pipeline
 from llm_jax.errors import ConfigError
-from llm_jax.models.kinds import LayerKind
 from llm_jax.models.pipeline import pipeline
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.sharding import Layout
@@ -282,6 +282,7 @@ def test_bubble():
     [
         ((10, 4, 1, 4, 8, 1), ("mesh.stage = 4", "num_layers = 10", "give one of 2, 5, 10")),
         ((12, 4, 2, 4, 8, 1), ("mesh.stage = 4", "num_layers = 12", "stage_repeats", "give one of 2, 3, 6")),
+        ((24, 5, 1, 5, 10, 1, 2), ("mesh.stage = 5", "num_layers = 26, less the 2 that every", "give one of 2, 3, 4")),
         ((7, 2, 8, 2, 8, 1), ("mesh.stage = 2", "num_layers = 7", "set mesh.stage_repeats=1, or mesh.stage=1")),
         ((8, 4, 2, 2, 8, 1), ("mesh.stage_microbatches = 2", "mesh.stage = 4", "at least 4", "mesh.stage_repeats=1")),
         ((8, 4, 1, 3, 8, 1), ("mesh.stage_microbatches = 3", "8 rows", "give one of 1, 2, 4, 8", "multiple of 3")),
@@ -308,6 +309,10 @@ SMALL = dict(num_layers=4, num_heads=4, head_dim=4, embed_dim=16, mlp_dim=16, vo
 MODELS = {
     "rotary": decoder(**SMALL, remat="full", dropout=dict(embedding=0.1, attention=0.1, mlp_output=0.1)),
     "relative": decoder(**SMALL, positions="relative", relative_buckets=8, relative_max_distance=16),
+    "rest": decoder(
+        **SMALL | dict(num_layers=5), remat="dots", layer_pattern=("window", "full"), sliding_window=3,
+        dropout=dict(mlp_output=0.1),
+    ),
     "experts": decoder(**SMALL, remat="dots", moe=dict(num_experts=4, top_k=2, balance_loss=0.1)),
 }
 ROWS = 16
@@ -343,6 +348,7 @@ def on_one_device(name):
         ("rotary", dict(stage=2, sequence=2, tensor=2, stage_microbatches=8), 1),
         ("relative", dict(stage=2, stage_repeats=2, stage_microbatches=4, tensor=2), 1),
         slow("relative", dict(stage=4, sequence=2), 2),
+        ("rest", dict(stage=2, fsdp=2), 1),
         ("experts", dict(stage=2, stage_repeats=2, expert=2), 1),
     ],
     ids=str,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, assert_close, decoder, mesh_layout, numbers, packed
+from tiny import QUICK, assert_close, decoder, mesh_layout, numbers, packed, unstacked
 
 from llm_jax.config import OptimConfig
 from llm_jax.errors import ConfigError
@@ -187,13 +187,14 @@ def test_experts_on_a_mesh(x64):
 
 @with_qwix
 @pytest.mark.parametrize("products", ["int8", "fp8"])
-def test_scanned_or_not(x64, products):
-    """The same numbers, layer for layer."""
-    scanned, looped = build(products, dtype="float64"), build(products, WITHOUT_SCAN, dtype="float64")
+@pytest.mark.parametrize("layers", [2, 3])
+def test_scanned_or_not(x64, products, layers):
+    """The same numbers, layer for layer; three layers of two kinds are in two stacks."""
+    cfg = dataclasses.replace(CFG, num_layers=layers, layer_pattern=("window", "full"), sliding_window=3)
+    scanned = build(products, cfg, dtype="float64")
+    looped = build(products, dataclasses.replace(cfg, scan_layers=False), dtype="float64")
     params, tokens = numbers(scanned), packed(2, LENGTH)["tokens"]
-    blocks = params["stack"]["blocks"]
-    layers = {f"block_{i}": jax.tree.map(lambda x: x[i], blocks) for i in range(CFG.num_layers)}  # noqa: B023
-    found = jax.jit(looped.apply)(params | {"stack": layers}, tokens)
+    found = jax.jit(looped.apply)(unstacked(params, cfg), tokens)
     expected = jax.jit(scanned.apply)(params, tokens)
     assert_close(found[..., : CFG.vocab_size], expected[..., : CFG.vocab_size], atol=1e-12)
 

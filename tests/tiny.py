@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import DecoderConfig, MeshConfig
+from llm_jax.config.kinds import places
 from llm_jax.models import registry
 from llm_jax.models.registry import Model
 from llm_jax.precision import Precision
@@ -58,6 +59,13 @@ def numbers(model: Model, seed: int = 0, scale: float = 0.3):
         return (values + ("scale" in jax.tree_util.keystr(path))).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, model.shapes())
+
+
+def unstacked(params, cfg):
+    """Parameters of stacked layers as those of a model with `scan_layers=False`."""
+    stacks = places(dataclasses.replace(cfg, scan_layers=True))
+    layers = [jax.tree.map(lambda p, index=index: p[index], params["stack"][name]) for name, index in stacks]
+    return params | {"stack": {f"block_{i}": layer for i, layer in enumerate(layers)}}
 
 
 def packed(rows: int, length: int, vocab: int = 30, seed: int = 0, weights: bool = True) -> dict[str, np.ndarray]:

@@ -2,8 +2,9 @@
 
 import math
 
+from llm_jax.config.kinds import LayerKind, periods, segments
 from llm_jax.config.pipeline import check_pipeline
-from llm_jax.config.schema import Config, EncoderConfig, MeshConfig, TransformerConfig
+from llm_jax.config.schema import Config, MeshConfig, TransformerConfig
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
@@ -122,9 +123,10 @@ def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
     rows = cfg.train.global_batch_size // cfg.train.accumulation
     if -1 in shards:  # this rest cannot be told yet: any number of rows would do
         shards, rows = [1], microbatches
-    layers = cfg.model.num_layers - first_layers(cfg.model)
-    check_pipeline(layers, stages, mesh.stage_repeats, microbatches, rows, math.prod(shards))
-    check_stage_pattern(cfg.model, stages * mesh.stage_repeats)
+    kinds = next((segment.kinds for segment in segments(cfg.model) if segment.name == "blocks"), ())
+    others = cfg.model.num_layers - len(kinds)
+    check_pipeline(len(kinds), stages, mesh.stage_repeats, microbatches, rows, math.prod(shards), others)
+    check_stage_pattern(cfg.model, kinds, stages * mesh.stage_repeats)
     parts = math.prod(shards) * microbatches
     if stages > 1 and cfg.eval.batch_size % parts:
         reason = f"it does not split into {parts} equal parts: {microbatches} pieces on each part of the batch"
@@ -132,24 +134,13 @@ def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
         raise refuse("eval.batch_size", cfg.eval.batch_size, reason, fix)
 
 
-def check_stage_pattern(model: TransformerConfig, pieces: int) -> None:
-    """One program computes all stages, so their layers are of the same kinds."""
-    if pieces == 1 or not model.layer_pattern:
-        return
-    period, first = len(model.layer_pattern), first_layers(model)
-    kinds = [model.layer_pattern[layer % period] for layer in range(first, model.num_layers)]
-    depth = len(kinds) // pieces
-    if any(kinds[i] != kinds[i % depth] for i in range(len(kinds))):
-        reason = f"the {pieces} pieces of a pipeline, {depth} layers each, must all have the same kinds in the same order"
+def check_stage_pattern(model: TransformerConfig, kinds: tuple[LayerKind, ...], pieces: int) -> None:
+    """One program computes all stages, so their layers are of the same kinds. `kinds`: of the pipeline's layers."""
+    depth, period = len(kinds) // pieces, periods(kinds)[0] if kinds else 1
+    if pieces > 1 and depth % period:
+        reason = f"the {pieces} pieces of a pipeline, {depth} layers each, must all have the same kinds in one order"
         fix = f"choose mesh.stage and mesh.stage_repeats so that a piece has a multiple of {period} layers"
         raise refuse("model.layer_pattern", ",".join(model.layer_pattern), reason, fix)
-
-
-def first_layers(model: TransformerConfig) -> int:
-    """How many layers before the others have parameters of other shapes: they come before a pipeline."""
-    if isinstance(model, EncoderConfig):  # after a norm of the embeddings the first attention has none of its own
-        return int(model.embedding_norm and model.norm_placement == "pre")
-    return model.moe.dense_layers
 
 
 def stage_microbatches(mesh: MeshConfig, stages: int) -> int:

@@ -3,15 +3,18 @@
 from llm_jax.config.values import refuse
 
 
-def check_pipeline(num_layers: int, stages: int, repeats: int, microbatches: int, rows: int, batch_shards: int) -> None:
+def check_pipeline(
+    layers: int, stages: int, repeats: int, microbatches: int, rows: int, batch_shards: int, others: int = 0
+) -> None:
     """Refuse a pipeline that cannot run as asked.
 
     Args:
-      num_layers: layers of the stack.
+      layers: of the pipeline.
       stages, repeats: `mesh.stage`, `mesh.stage_repeats`.
       microbatches: `mesh.stage_microbatches`, with 0 already replaced by `stages`.
       rows: rows that one call of the model gets: the global batch over `train.accumulation`.
       batch_shards: into how many pieces the mesh splits those rows.
+      others: layers before or behind the pipeline, which every stage computes.
 
     Raises:
       ConfigError: key, value, reason, fix.
@@ -23,11 +26,12 @@ def check_pipeline(num_layers: int, stages: int, repeats: int, microbatches: int
             reason = "mesh.stage is 1, so there is no pipeline"
             raise refuse("mesh.stage_microbatches", microbatches, reason, "leave it 0; train.accumulation splits steps")
         return
-    if num_layers % (stages * repeats):
-        reason = f"model.num_layers = {num_layers} does not split into stages of equal depth"
+    if layers % (stages * repeats):
+        beside = f", less the {others} that every stage computes," if others else ""
+        reason = f"model.num_layers = {layers + others}{beside} does not split into stages of equal depth"
         if repeats > 1:
             reason += f", {repeats} times round (mesh.stage_repeats)"
-        fits = [size for size in range(2, num_layers // repeats + 1) if num_layers % (size * repeats) == 0]
+        fits = [size for size in range(2, layers // repeats + 1) if layers % (size * repeats) == 0]
         fix = f"give one of {', '.join(map(str, fits))}" if fits else "set mesh.stage_repeats=1, or mesh.stage=1"
         raise refuse("mesh.stage", stages, reason, fix)
     if repeats > 1 and microbatches < stages:

@@ -14,12 +14,12 @@ from llm_jax.config import (
     TransformerConfig,
     from_dict,
 )
+from llm_jax.config.kinds import layer_words
 from llm_jax.config.model import check_model
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.rules import Rule, matches
 from llm_jax.errors import ConfigError, UserError
 from llm_jax.models.attention import query_dim
-from llm_jax.models.kinds import layer_words
 
 
 @dataclasses.dataclass(frozen=True)

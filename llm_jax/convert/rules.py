@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import TransformerConfig
-from llm_jax.models.kinds import first_layers
+from llm_jax.config.kinds import places
 from llm_jax.sharding import path_name
 
 Arrays = Sequence[np.ndarray]
@@ -232,30 +232,20 @@ def _fill_in(
     text = " ".join(rule.theirs + rule.ours)
     layers = range(cfg.num_layers) if "{layer}" in text else (None,)
     experts = range(cfg.moe.num_experts) if "{expert}" in text else (None,)
-    found = False
+    of_layers, found = places(cfg), False
     for layer, expert in itertools.product(layers, experts):
-        places = [_place(path, cfg, layer, expert) for path in rule.ours]
-        if not all(path in leaves for path, _ in places):
+        block, index = ("", ()) if layer is None else of_layers[layer]
+        index += () if expert is None else (expert,)
+        paths = [path.format(layer=block) for path in rule.ours]
+        if not all(path in leaves for path in paths):
             continue
         found = True
-        slots = tuple(_slot(path, index, leaves, names, vocab_size) for path, index in places)
+        slots = tuple(_slot(path, index, leaves, names, vocab_size) for path in paths)
         their_shapes = tuple(map(tuple, rule.transform.their_shapes([slot.shape for slot in slots])))
         theirs = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
         yield Move(theirs, their_shapes, slots, rule.transform)
     if not found:
         raise ValueError(f"the family's table names {rule.ours}, and the model has no such parameters")
-
-
-def _place(pattern: str, cfg: TransformerConfig, layer: int | None, expert: int | None) -> tuple[str, tuple[int, ...]]:
-    """The path of a parameter, and the index of this layer and expert of its first axes."""
-    index = () if expert is None else (expert,)
-    if layer is None:
-        return pattern, index
-    if not cfg.scan_layers:
-        return pattern.format(layer=f"block_{layer}"), index
-    first = first_layers(cfg)
-    name, place = ("first_blocks", layer) if layer < first else ("blocks", layer - first)
-    return pattern.format(layer=name), (place, *index)
 
 
 def _slot(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_jax.config import DecoderConfig
+from llm_jax.config.kinds import layer_words, periods
 from llm_jax.convert.keys import Keys
-from llm_jax.models.kinds import layer_words, shortest_period
 
 WORDS = {"full_attention": "full", "sliding_attention": "window"}
 TYPES = {word: name for name, word in WORDS.items()} | {"full_without_positions": "full_attention"}
@@ -31,7 +31,7 @@ def read_words(keys: Keys, layers: int, window: int | None, default: Sequence[st
 
 def window_keys(words: list[str], window: int | None) -> dict[str, Any]:
     """`model.sliding_window` and `model.layer_pattern` for layers of these kinds."""
-    pattern = words[: shortest_period(words)]
+    pattern = words[: periods(words)[0]]
     alike = pattern in (["full"], ["window"])
     return {"sliding_window": window if "window" in words else 0, "layer_pattern": () if alike else tuple(pattern)}
 

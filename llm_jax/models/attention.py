@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import RopeConfig, TransformerConfig
+from llm_jax.config.kinds import LayerKind
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.disentangled import TERMS, disentangled_bias
-from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
 from llm_jax.models.positions import rotary_angles, rotate
 from llm_jax.precision import Precision

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import DecoderConfig
+from llm_jax.config.kinds import layer_kinds
 from llm_jax.kernels.context import zigzag_order
 from llm_jax.kernels.cross_entropy import capped_logits, chunked_cross_entropy, cross_entropy
 from llm_jax.kernels.experts import Routing
 from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.attention import Shared, choose_kernel
-from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layers import Embedding, Linear, block_norm, dropout, linear_init, product
 from llm_jax.models.positions import relative_bucket, sinusoid
 from llm_jax.models.transformer import Stack

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from llm_jax.config import EncoderConfig, TransformerConfig
+from llm_jax.config.kinds import STACK_AXES, layer_kinds
 from llm_jax.models.attention import query_dim, value_dim
-from llm_jax.models.kinds import layer_kinds
 
 FORMULA = (
     "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
 )
-STACKS = ("layers", "first_layers", "expert")  # axes along which matrices are stacked
+STACKS = (*STACK_AXES.values(), "expert")  # axes along which matrices are stacked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import TransformerConfig
+from llm_jax.config.kinds import LayerKind
 from llm_jax.kernels.dense import reference_attention
 from llm_jax.models.attention import (
     Shared,
@@ -28,7 +29,6 @@ from llm_jax.models.attention import (
     query_dim,
     value_dim,
 )
-from llm_jax.models.kinds import LayerKind
 from llm_jax.models.layers import Linear, Norm, linear_init
 from llm_jax.models.positions import rotate
 from llm_jax.precision import Precision

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.config.kinds import LayerKind
 from llm_jax.models.attention import Shared
-from llm_jax.models.kinds import LayerKind
 from llm_jax.models.registry import Model
 from llm_jax.models.transformer import Block, Stack
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_jax.models.kinds import LayerKind, over_layers
+from llm_jax.config.kinds import LayerKind
+from llm_jax.models.loop import over_layers
 from llm_jax.sharding import Layout
 
 Block = Callable[[LayerKind, Any, jax.Array, jax.Array | None, Any], tuple[jax.Array, Any]]

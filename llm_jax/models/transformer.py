@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import TransformerConfig
+from llm_jax.config.kinds import LayerKind, Segment, layer_kinds, places, segments
 from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import Routing
 from llm_jax.models.attention import Attention, Shared
-from llm_jax.models.kinds import LayerKind, first_layers, layer_kinds, over_layers
 from llm_jax.models.latent import LatentAttention
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
+from llm_jax.models.loop import over_layers
 from llm_jax.models.moe import MoE
 from llm_jax.models.pipeline import pipeline
 from llm_jax.precision import Precision
@@ -143,9 +144,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`num_layers` blocks: looped over stacked parameters (`scan_layers`), or each with its own.
 
-    Stacked are all layers with parameters of the same names and shapes: "blocks", and "first_blocks" where the first
-    ones have an MLP in place of experts. On a mesh with stages the loop over "blocks" is a pipeline. Not so with a
-    cache: each layer's parameters go to all stages then.
+    `segments` says which stacks there are. On a mesh with stages the loop over "blocks" is a pipeline, and every stage
+    computes the others. Not so with a cache: each layer's parameters go to all stages then.
     """
 
     cfg: TransformerConfig
@@ -161,37 +161,29 @@ class Stack(nn.Module):
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(kinds)))
         if not self.cfg.scan_layers:
             return self._each(kinds, x, keys, shared, cache_length)
-        first = first_layers(self.cfg)
-        if not first:
-            return self._stacked("blocks", kinds, x, keys, shared, cache_length)
-        first_keys, keys = (None, None) if keys is None else (keys[:first], keys[first:])
-        x, routing = self._stacked("first_blocks", kinds[:first], x, first_keys, shared, cache_length)
-        if first == len(kinds):
-            return x, routing
-        return self._stacked("blocks", kinds[first:], x, keys, shared, cache_length)
+        routing = None
+        for segment in segments(self.cfg):
+            part = None if keys is None else keys[segment.first : segment.first + len(segment.kinds)]
+            x, found = self._stacked(segment, x, part, shared, cache_length)
+            routing = found if routing is None else jax.tree.map(jnp.add, routing, found)
+        return x, routing
 
     def _each(
         self, kinds: Sequence[LayerKind], x: jax.Array, keys: jax.Array | None, shared: Shared, cache_length: int
     ) -> tuple[jax.Array, Routing | None]:
         block = Block if self.cfg.remat == "none" else nn.remat(Block, policy=remat_policy(self.cfg))
         routings = []
-        for layer, kind in enumerate(kinds):
-            name = f"block_{layer}"
+        for layer, (kind, (name, _)) in enumerate(zip(kinds, places(self.cfg), strict=True)):
             layer_key = None if keys is None else keys[layer]
             x, routing = block(*self._fields(kind, cache_length), name=name)(x, layer_key, shared)
             routings += [] if routing is None else [routing]
         return x, jax.tree.map(lambda *parts: sum(parts), *routings) if routings else None
 
     def _stacked(
-        self,
-        name: str,
-        kinds: Sequence[LayerKind],
-        x: jax.Array,
-        keys: jax.Array | None,
-        shared: Shared,
-        cache_length: int,
+        self, segment: Segment, x: jax.Array, keys: jax.Array | None, shared: Shared, cache_length: int
     ) -> tuple[jax.Array, Routing | None]:
-        """Layers whose parameters, and caches, lie stacked under `name`."""
+        """Layers whose parameters, and caches, lie stacked under the segment's name. `keys`: theirs."""
+        name, kinds = segment.name, segment.kinds
         if self.is_initializing():  # all kinds have the same parameters
             scanned = nn.scan(
                 Block,
@@ -199,7 +191,7 @@ class Stack(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=len(kinds),
-                metadata_params={nn.PARTITION_NAME: "first_layers" if name == "first_blocks" else "layers"},
+                metadata_params={nn.PARTITION_NAME: segment.axis},
             )
             x, routings = scanned(*self._fields(kinds[0], cache_length), name=name)(x, keys, shared)
             return x, jax.tree.map(lambda parts: parts.sum(0), routings)

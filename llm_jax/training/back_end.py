@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jax.config import Config
+from llm_jax.config.kinds import layer_kinds
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import AttentionOptions, Kernel, why_not
 from llm_jax.kernels.split import Split
 from llm_jax.models.attention import attention_request, choose_kernel, platform
-from llm_jax.models.kinds import layer_kinds
 from llm_jax.sharding import Layout
 
 

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.config.checks import check_optim, warmup_updates
+from llm_jax.config.kinds import STACK_AXES
 from llm_jax.config.schema import OptimConfig
 from llm_jax.errors import ConfigError
 from llm_jax.models.lora import is_adapter
-from llm_jax.training.heads import is_head
 from llm_jax.precision import at_least_float32
 from llm_jax.sharding import path_name
+from llm_jax.training.heads import is_head
 
 Tree = Any  # nested dicts of leaves
 
@@ -78,7 +79,7 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
 
 # --------------------------------------------------------------------------------------- what a parameter is
 
-STACKS = ("layers", "first_layers", "expert")  # leading axes along which independent tensors are stacked
+STACKS = (*STACK_AXES.values(), "expert")  # leading axes along which independent tensors are stacked
 TABLES = ("vocab", "position", "buckets")  # an axis of these makes a look-up table or an output head
 
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import Config
-from llm_jax.config.mesh import first_layers
+from llm_jax.config.kinds import layer_kinds, places
 from llm_jax.convert.reference import Reference, available_memory
 from llm_jax.models import registry
-from llm_jax.models.kinds import layer_kinds
 from llm_jax.models.layerwise import Layerwise
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
@@ -54,14 +53,8 @@ def layer_paths(cfg: Config, model: registry.Model) -> list[dict[str, tuple[str,
     """For each layer, its parameters' names in the block, and their paths and indices in the model."""
     leaves = jax.tree_util.tree_leaves_with_path(model.shapes()["stack"])
     names = ["/".join(part.key for part in path) for path, _ in leaves]
-    first, found = first_layers(cfg.model), []
-    for layer in range(cfg.model.num_layers):
-        if not cfg.model.scan_layers:
-            stack, index = f"block_{layer}/", ()
-        elif layer < first:
-            stack, index = "first_blocks/", (layer,)
-        else:
-            stack, index = "blocks/", (layer - first,)
-        mine = [name for name in names if name.startswith(stack)]
-        found.append({name.removeprefix(stack): (f"stack/{name}", index) for name in mine})
+    found = []
+    for stack, index in places(cfg.model):
+        mine = [name for name in names if name.startswith(f"{stack}/")]
+        found.append({name.removeprefix(f"{stack}/"): (f"stack/{name}", index) for name in mine})
     return found

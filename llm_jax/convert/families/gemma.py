@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.config import DecoderConfig
+from llm_jax.config.kinds import layer_words
 from llm_jax.convert.families.llama import (
     GATES,
     llama_rules,
@@ -18,7 +19,6 @@ from llm_jax.convert.families.llama import (
 from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.keys import Keys, read_rope, rope_of, write_rope
 from llm_jax.convert.windows import TYPES, read_words, window_keys, write_windows
-from llm_jax.models.kinds import layer_words
 
 TANH_GELU = "gelu_pytorch_tanh"
 

@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llm_jax.config import DecoderConfig
+from llm_jax.config.kinds import layer_words
 from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.keys import Keys, read_rope, write_rope
 from llm_jax.convert.rules import Rule, fused_linear, linear
 from llm_jax.convert.windows import read_words, window_keys, write_windows
-from llm_jax.models.kinds import layer_words
 
 GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 GATE_NAMES = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm_jax.config import EncoderConfig
+from llm_jax.config.kinds import layer_words
 from llm_jax.convert.families.encoders import Head, Trunk, check_encoder_keys, dense, norm
 from llm_jax.convert.family import function_of
 from llm_jax.convert.keys import Keys, rope_of
 from llm_jax.convert.rules import Rule, fused_linear, linear
 from llm_jax.convert.windows import TYPES, read_words, window_keys
-from llm_jax.models.kinds import layer_words
 
 USUAL_WINDOW = 128
 BASES = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm_jax.config import DecoderConfig
+from llm_jax.config.kinds import layer_words
 from llm_jax.convert.families.llama import (
     llama_rules,
     read_attention_bias,
@@ -13,7 +14,6 @@ from llm_jax.convert.families.llama import (
 from llm_jax.convert.family import Family
 from llm_jax.convert.keys import Keys
 from llm_jax.convert.windows import read_words, window_keys, write_windows
-from llm_jax.models.kinds import layer_words
 
 
 def read_qwen_windows(keys: Keys, layers: int) -> dict[str, Any]:
