@@ -165,6 +165,11 @@ FAMILIES = {
         "layer_pattern=window,full", "window_rope_base=100", "qk_norm=head", "attention_scale=0.3",
         "attention_softcap=3.0", "logits_softcap=5.0",
     ),
+    "gemma3": (  # its layers end within a period
+        "norm_placement=sandwich", "norm_scale=zero", "embedding_scale=True", "activation=geglu", "sliding_window=5",
+        "layer_pattern=window,window,full", "window_rope_base=100", "rope.scaling=linear", "rope.factor=8",
+        "qk_norm=head", "attention_scale=0.3",
+    ),
     "olmo2": ("norm_placement=output", "qk_norm=all", "layer_pattern=full,full_without_positions", "bias=attention"),
     "neox": (
         "norm_placement=parallel", "norm=layernorm", "bias=all", "activation=gelu", "num_kv_heads=0", "head_dim=4",
@@ -181,8 +186,11 @@ FAMILIES = {
         "rope.original_length=8", "rope.truncate=False",
     ),
 }  # fmt: skip
-# And in a pipeline: after the dense layer, or of both kinds, eight each. Three layers do not fill a pattern of two.
-LAYERS = {"gemma": (3, 16), "olmo2": (3, 16), "neox": (2, 8), "deepseek": (3, 9), "gpt_oss": (2, 16)}
+# And in a pipeline: after the dense layer, or of both kinds, eight each. Three layers do not fill a pattern of two, nor
+# eight or 26 one of three.
+LAYERS = {
+    "gemma": (3, 16), "gemma3": (8, 26), "olmo2": (3, 16), "neox": (2, 8), "deepseek": (3, 9), "gpt_oss": (2, 16),
+}  # fmt: skip
 
 
 def of_family(name: str, *mesh: str, **levels: Any) -> Cell:

@@ -133,6 +133,7 @@ def of_model(name, *mesh, **levels):
 FAMILY_CELLS = {name: family_cells(name) for name in FAMILIES}
 FAMILIES_ALWAYS = {
     "gemma": [("tensor", "ring"), ("fsdp", "stage")],
+    "gemma3": [("fsdp", "ring"), ("data", "stage")],
     "olmo2": [("fsdp", "tensor")],
     "neox": [("tensor", "stage")],
     "deepseek": [("expert", "stage"), ("fsdp", "ring")],
