@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_convert import assert_same_bits, export, put_reference, unchecked
-from tiny import quick_compiler
+from tiny import quick_compiler, slow
 
 from llm_jax import cli
 from llm_jax.config import CheckpointConfig
@@ -72,8 +72,17 @@ def merged_source(folder, name, changes, *, conv=False, head_from=None):
     return hub_models.write(folder, config, weights)
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("name, modules", [(LLAMA, MODULES), ("GPT-2", GPT2), ("Phi-3", PHI3)])
+@pytest.mark.parametrize(
+    "name, modules, scan",
+    [
+        (LLAMA, MODULES, True),
+        slow(LLAMA, MODULES, False),
+        ("GPT-2", GPT2, False),
+        slow("GPT-2", GPT2, True),
+        slow("Phi-3", PHI3, True),
+        slow("Phi-3", PHI3, False),
+    ],
+)
 def test_kept_or_merged_the_model_is_the_same_and_the_adapter_comes_back(name, modules, scan, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name)
     conv = name == "GPT-2"
@@ -104,6 +113,7 @@ def read(folder):
     return {name: tensor.read() for name, tensor in safetensors.read_header(folder / peft.TENSORS).items()}
 
 
+@pytest.mark.slow
 def test_adapters_of_fused_layers_that_have_parted_are_one_of_more_ranks(tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", "Phi-3")
     adapter(tmp_path / "peft", PHI3)
@@ -126,7 +136,7 @@ def test_adapters_of_fused_layers_that_have_parted_are_one_of_more_ranks(tmp_pat
         convert.from_hub(str(source), str(tmp_path / "other"), adapter=str(tmp_path / "back"))
 
 
-@pytest.mark.parametrize("table", [True, False], ids=["embedding", "head"])
+@pytest.mark.parametrize("table", [True, slow(False)], ids=["embedding", "head"])
 def test_merging_into_a_tied_table_unties_it(table, tmp_path, capsys):
     module, sizes = ("model.embed_tokens", (32, 61)) if table else ("lm_head", (61, 32))
     source = hub_models.checkpoint(tmp_path / "source", TIED)
@@ -164,6 +174,7 @@ def test_merging_sums_in_float32_and_rounds_once(tmp_path):
         assert different < 0.01
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_dtype_and_adapters_are_float32(tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", LLAMA, dtype="bfloat16")
     adapter(tmp_path / "peft", QUERY, dtype=ml_dtypes.bfloat16)
@@ -175,6 +186,7 @@ def test_the_base_keeps_its_dtype_and_adapters_are_float32(tmp_path):
     assert_same_bits(read(tmp_path / "back"), read(tmp_path / "peft"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_the_check_takes_the_logits_stored_beside_the_adapter(streamed, tmp_path, capsys):
     source = hub_models.checkpoint(tmp_path / "source", LLAMA)
@@ -240,6 +252,7 @@ def test_modules_that_do_not_fit_are_refused(modules, message, tmp_path):
         convert.from_hub(str(source), str(tmp_path / "run"), adapter=str(tmp_path / "peft"))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_experts_is_merged_or_refused(tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", "Mixtral")
     modules = {f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1": (40, 32)

@@ -228,10 +228,10 @@ def test_a_flipped_byte_is_rejected_put_aside_and_passed_again(tmp_path, capsys)
     assert_equal(start(tmp_path).state, make_state(20))
 
 
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "empty", "delete")]
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("flip", "empty", "delete")]
 
 
-@pytest.mark.parametrize("how", [*SLOW, "flip"])
+@pytest.mark.parametrize("how", [*SLOW, "truncate"])
 def test_no_damaged_file_gives_other_numbers(tmp_path, how, capsys):
     """Each file of a checkpoint in turn: it restores bit for bit, or it is rejected."""
     save_all(tmp_path / "whole", [1, 2])

@@ -143,7 +143,7 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
-QUICKLY = {"quickstart", "shakespeare_char", "smoke/everything", "examples/mixture", "gpt2/124m", "mixtral/8x22b"}
+QUICKLY = {"shakespeare_char", "smoke/everything"}
 
 
 def all_recipes() -> list:

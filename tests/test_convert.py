@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import quick_compiler
+from tiny import quick_compiler, slow
 
 from llm_jax.config import DecoderConfig, MoEConfig
 from llm_jax.convert import families, reference, rules, safetensors, torch_reference
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, t
     assert config["architectures"] == hub_models.stored(name)[0]["architectures"]
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Phi-3", "Qwen 3 MoE", "Gemma 3", "Pythia"])
+@pytest.mark.parametrize("name", ["Gemma 3", *map(slow, ("GPT-2", "Phi-3", "Qwen 3 MoE", "Pythia"))])
 def test_layers_that_are_not_stacked(name, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name)
     put_reference(source, name)
@@ -82,7 +82,7 @@ def test_layers_that_are_not_stacked(name, tmp_path):
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), hub_models.stored(name)[1])
 
 
-@pytest.mark.parametrize("name", ["LLaMA 3.1, tied", "Mixtral", "GPT-2, head untied", "Gemma 2", "Pythia"])
+@pytest.mark.parametrize("name", ["LLaMA 3.1, tied", *map(slow, ("Mixtral", "GPT-2, head untied", "Gemma 2", "Pythia"))])
 def test_shards_bf16_and_a_padded_vocabulary(name, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name, dtype="bfloat16", largest=9000)
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -187,7 +187,7 @@ def test_names_of_a_checkpoint_without_its_head_class(tmp_path):
     convert.from_hub(str(source), str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen 3 MoE"])
+@pytest.mark.parametrize("name", ["Qwen 3 MoE", slow("Mixtral")])
 def test_experts_fused_as_transformers_5_holds_them(name, tmp_path):
     config, arrays = hub_models.stored(name)
     source = hub_models.write(tmp_path / "source", config, fused(arrays))

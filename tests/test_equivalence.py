@@ -132,12 +132,12 @@ def of_model(name, *mesh, **levels):
 
 FAMILY_CELLS = {name: family_cells(name) for name in FAMILIES}
 FAMILIES_ALWAYS = {
-    "gemma": [("tensor", "ring"), ("fsdp", "stage")],
-    "gemma3": [("fsdp", "ring"), ("data", "stage")],
+    "gemma": [("tensor", "ring")],
+    "gemma3": [("fsdp", "ring")],
     "olmo2": [("fsdp", "tensor")],
     "neox": [("tensor", "stage")],
-    "deepseek": [("expert", "stage"), ("fsdp", "ring")],
-    "gpt_oss": [("tensor", "expert"), ("data", "stage")],
+    "deepseek": [("expert", "stage")],
+    "gpt_oss": [("tensor", "expert")],
 }
 
 

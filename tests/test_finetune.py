@@ -214,7 +214,9 @@ OTHER_TASKS = {  # columns, a record, what is predicted for it
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", OTHER_TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[] if task == "tokens" else [pytest.mark.slow]) for task in OTHER_TASKS]
+)
 def test_every_task_trains_evaluates_and_predicts(pretrained, tmp_path, task):
     columns, one, predicted = OTHER_TASKS[task]
     more = {"choice": ["data.columns.choices=b,c"], "questions": ["data.stride=2"]}.get(task, [])

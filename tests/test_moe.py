@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
-from tiny import QUICK, assert_close, decoder, mesh_layout, packed
+from tiny import QUICK, assert_close, decoder, mesh_layout, packed, slow
 from tiny import build as build_decoder
 from tiny import numbers as draw
 
@@ -121,10 +121,6 @@ MORE_MESHES = [
     dict(fsdp=2, sequence=2, tensor=2), dict(fsdp=2, expert=2, sequence=2), dict(stage=2, expert=2, tensor=2),
 ]  # fmt: skip
 OTHERS = [dict(fsdp=2, expert=2, tensor=2), dict(expert=2, sequence=2, tensor=2)]
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

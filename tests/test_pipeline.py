@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers, packed
+from tiny import QUICK, assert_close, build, decoder, mesh_layout, numbers, packed, slow
 
 from llm_jax.config.kinds import LayerKind
 from llm_jax.config.pipeline import bubble, check_pipeline
@@ -115,10 +115,6 @@ def assert_equal(found, expected):
 
 
 # ------------------------------------------------------------------------------------------------- exactness
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("rounds", [1, 2], ids="M={}S".format)
@@ -345,11 +341,11 @@ def on_one_device(name):
     [
         slow("rotary", dict(stage=4), 1),
         ("rotary", dict(stage=2, stage_repeats=2, data=2, fsdp=2), 2),
-        ("rotary", dict(stage=2, sequence=2, tensor=2, stage_microbatches=8), 1),
-        ("relative", dict(stage=2, stage_repeats=2, stage_microbatches=4, tensor=2), 1),
+        slow("rotary", dict(stage=2, sequence=2, tensor=2, stage_microbatches=8), 1),
+        slow("relative", dict(stage=2, stage_repeats=2, stage_microbatches=4, tensor=2), 1),
         slow("relative", dict(stage=4, sequence=2), 2),
         ("rest", dict(stage=2, fsdp=2), 1),
-        ("experts", dict(stage=2, stage_repeats=2, expert=2), 1),
+        slow("experts", dict(stage=2, stage_repeats=2, expert=2), 1),
     ],
     ids=str,
 )

@@ -67,6 +67,7 @@ def test_the_readme_shows_the_commands_of_a_first_session():
     assert verbs == {"train", "generate", "evaluate", "export", "data", "doctor", "convert"}
 
 
+@pytest.mark.slow
 def test_every_command_runs(folder, capsys):
     steps = 2
     for command in COMMANDS:

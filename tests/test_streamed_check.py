@@ -19,7 +19,11 @@ def quick():
         yield
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "LLaMA 3.1, tied", "Mistral with a window", "Mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["LLaMA 3.1, tied"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("GPT-2", "Mistral with a window", "Mixtral")],
+)
 def test_the_streamed_check_ends_as_the_whole_one(name, tmp_path, capsys):
     source = hub_models.checkpoint(tmp_path / "source", name)
     put_reference(source, name)

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llm_jax.config import DecoderConfig, MeshConfig
 from llm_jax.config.kinds import places
@@ -13,6 +14,12 @@ from llm_jax.models import registry
 from llm_jax.models.registry import Model
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, make_layout
+
+
+def slow(*values):
+    """One set of a test's parameters that CI alone runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 # XLA's CPU code generation is most of a test's time, and has no bearing on what most tests ask.
 QUICK = {"xla_backend_optimization_level": 0}

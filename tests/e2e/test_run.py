@@ -126,6 +126,7 @@ def test_generate_reads_a_file_and_goes_beyond_the_context(trained, here, tmp_pa
 # ------------------------------------------------------------------------------------------ going on, four ways
 
 
+@pytest.mark.slow
 def test_go_on_longer_on_another_mesh_and_from_its_own_config(trained, here, tmp_path):
     """Ten steps more on one device; the same on eight, restored there: the losses agree to 1e-5."""
     workdir, _, _ = trained
@@ -172,6 +173,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(trained, here):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+@pytest.mark.slow
 def test_random_evaluation_is_the_same_after_a_restart(here, tmp_path):
     flags = ("--config.eval.sampling=random", "--config.eval.batches=2", "--config.eval.every=2",
              "--config.checkpoint.every=2")  # fmt: skip
@@ -185,6 +187,7 @@ def test_random_evaluation_is_the_same_after_a_restart(here, tmp_path):
     assert math.isclose(json.loads(measured)["eval/loss"], found[0]["eval/loss"], rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_profile_of_steps_that_a_restart_divides(here, tmp_path):
     """Begun in one session, ended by its end; the next session, beyond the window, traces nothing and stops nothing."""
     base = ("train", runs.TINY, f"--workdir={tmp_path}",
