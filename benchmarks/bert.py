@@ -10,12 +10,18 @@ another head. The time is wall-clock: ours of the whole run (preparing the data,
 training, evaluating, saving), theirs from the first batch to the last figure of the evaluation alone.
 
 Then, of ours alone: what buckets and packing gain over padding to the full length, on the same texts; the share of
-time outside the step; and a few hundred steps of pre-training from scratch (configs/bert/pretrain.py, tiny).
+time outside the step (from the end of one to the beginning of the next, with no overlap: an upper bound); and a few
+hundred steps of pre-training from scratch (configs/bert/pretrain.py, tiny), which needs neither model nor peer:
+
+    python -m benchmarks.bert --parts=pretraining --pretrain_steps=300
+
+The whole takes about an hour on two CPU cores, most of it the peer's; pre-training alone some minutes.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -25,7 +31,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 
 from llm_jax import config
@@ -34,7 +42,10 @@ from llm_jax.data.labelled_rows import LabelledRows, LabelledStream
 from llm_jax.metrics import read_jsonl
 from llm_jax.training import pretrained, train
 
-LENGTH, BATCH, EVAL_BATCH = 128, 16, 64
+BATCH, EVAL_BATCH, LOGGING_STEPS = 16, 64, 10
+WARM = 10  # steps before times are taken
+# What the comparison is to show (at most, or at least).
+TIME_RATIO, OUTSIDE_SHARE, PADDING_RATIO, MASKED_MARGIN, PAIR_MARGIN = 0.7, 0.01, 0.5, 0.02, 0.02
 LEARNING_RATE, WEIGHT_DECAY = 5e-5, 0.01
 
 
@@ -44,7 +55,7 @@ def finetuning(model: str, steps: int, seed: int, **changes: Any) -> config.Conf
         "checkpoint.init_from": f"hf:{model}", "train.epochs": 0, "train.steps": steps, "seed": seed,
         "optim.warmup_steps": steps // 10, "optim.learning_rate": LEARNING_RATE, "optim.weight_decay": WEIGHT_DECAY,
         "eval.every": 0, "eval.patience": 0, "checkpoint.every": 0, "data.buckets": "", "log.trackers": "",
-        "log.every": max(steps // 10, 1),
+        "log.every": LOGGING_STEPS, "optim.decay_steps": steps,  # the peer's rate would be 0 after the last step
     }  # fmt: skip
     keys |= {name.replace("__", "."): value for name, value in changes.items()}
     cfg = config.load("bert/finetune_classification", [f"{key}={value}" for key, value in keys.items()])
@@ -93,6 +104,30 @@ def run_peer(python: str, model: str, cfg: config.Config, folder: Path) -> dict[
     return json.loads((folder / "peer.json").read_text())
 
 
+class Timed:
+    """A compiled step that is waited for each time, and when each began and ended: what lies between is outside."""
+
+    def __init__(self, compiled: Any, times: list[tuple[float, float]]):
+        self._compiled, self._times = compiled, times
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        began = time.perf_counter()
+        found = jax.block_until_ready(self._compiled(state, batch))
+        self._times.append((began, time.perf_counter()))
+        return found
+
+
+def outside_share(cfg: config.Config, folder: Path, name: str) -> float:
+    """The share of the time of warm steps that is outside of them: data, host, logging. A run without evaluation."""
+    times: list[tuple[float, float]] = []
+    compile_step = train.compile_step
+    timed = mock.patch.object(train, "compile_step", lambda *args: Timed(compile_step(*args), times))
+    with contextlib.redirect_stdout(io.StringIO()), timed:
+        train.train(cfg, str(folder / name))
+    gaps = [next_began - ended for (_, ended), (next_began, _) in itertools.pairwise(times[WARM:])]
+    return sum(gaps) / (times[-1][0] - times[WARM][0])
+
+
 def run_ours(cfg: config.Config, folder: Path, name: str) -> dict[str, float]:
     """A whole run in this process, and its figures. The compile cache is not used: every run compiles."""
     workdir = folder / name
@@ -125,7 +160,17 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
               f"{ours['seconds']:.1f} s (accuracy {ours['accuracy']:.3f}; {ours['compile_seconds']:.1f} s of it compiling), "
               f"ratio {ratio:.2f}", flush=True)  # fmt: skip
         found.append({"seed": seed, "theirs": peer, "ours": ours, "ratio": ratio})
+    of = lambda side: [run[side]["accuracy"] for run in found]  # noqa: E731
+    whole = sum(run["ours"]["seconds"] for run in found) / sum(run["theirs"]["seconds"] for run in found)
+    told = {side: f"{min(of(side)):.3f} to {max(of(side)):.3f}, mean {statistics.mean(of(side)):.3f}" for side in
+            ("theirs", "ours")}  # fmt: skip
+    print(f"over {len(found)} seeds: ratio {whole:.2f} (bar {TIME_RATIO}: {met(whole <= TIME_RATIO)}); accuracy theirs "
+          f"{told['theirs']}; ours {told['ours']}", flush=True)  # fmt: skip
     return found
+
+
+def met(holds: bool) -> str:
+    return "met" if holds else "missed"
 
 
 def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
@@ -144,6 +189,13 @@ def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
         found[name]["texts_per_second"] = texts / found[name]["seconds_per_step"]
         print(f"{name}: {found[name]['texts_per_second']:.1f} texts/s, padding {found[name]['padding_share']:.1%}, "
               f"data wait {found[name]['wait_share']:.2%}", flush=True)  # fmt: skip
+    alone = finetuning(arguments.model, max(arguments.steps // 6, 3 * WARM), 0, data__validation_fraction=0)
+    found["outside"] = {"share": (share := outside_share(alone, folder, "outside"))}
+    ratio = found["packed"]["padding_share"] / found["padded"]["padding_share"]
+    gain = {name: found[name]["texts_per_second"] / found["padded"]["texts_per_second"] for name in ways}
+    print(f"time outside the step {share:.2%} (bar {OUTSIDE_SHARE:.0%}: {met(share < OUTSIDE_SHARE)}); packing leaves "
+          f"{ratio:.2f} of the padding (bar {PADDING_RATIO}: {met(ratio <= PADDING_RATIO)}); texts a second: buckets x "
+          f"{gain['buckets']:.2f}, packing x {gain['packed']:.2f}", flush=True)  # fmt: skip
     return found
 
 
@@ -153,14 +205,19 @@ def pretraining(arguments: argparse.Namespace, folder: Path) -> dict[str, float]
     cfg = config.load("bert/pretrain:tiny", [*overrides, "checkpoint.every=0", "log.trackers="])
     config.check(cfg)
     workdir = folder / "pretrain"
+    began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         train.train(cfg, str(workdir))
+    minutes = (time.perf_counter() - began) / 60
     last = next(r for r in reversed(read_jsonl(workdir / "metrics.jsonl")) if "eval/loss" in r)
     chance = chance_of(cfg)
     found = {name: last[f"eval/{name}"] for name in ("accuracy", "pair_accuracy", "loss", "pair_loss")} | chance
-    print(f"pre-training, {cfg.train.steps} steps: masked accuracy {found['accuracy']:.3f} (the most frequent token: "
-          f"{chance['most_frequent']:.3f}), pair accuracy {found['pair_accuracy']:.3f} (the more frequent answer: "
-          f"{chance['more_frequent']:.3f})", flush=True)  # fmt: skip
+    margins = found["accuracy"] - chance["most_frequent"], found["pair_accuracy"] - chance["more_frequent"]
+    print(f"pre-training, {cfg.train.steps} steps, {minutes:.1f} minutes: masked accuracy {found['accuracy']:.3f}, the "
+          f"most frequent token {chance['most_frequent']:.3f}: {margins[0]:+.3f} (bar {MASKED_MARGIN}: "
+          f"{met(margins[0] >= MASKED_MARGIN)}); pair accuracy {found['pair_accuracy']:.3f}, the more frequent answer "
+          f"{chance['more_frequent']:.3f}: {margins[1]:+.3f} (bar {PAIR_MARGIN}: {met(margins[1] >= PAIR_MARGIN)})",
+          flush=True)  # fmt: skip
     return found
 
 
@@ -178,7 +235,7 @@ def chance_of(cfg: config.Config) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a BERT checkpoint of the hub")
+    parser.add_argument("--model", help="folder of a BERT checkpoint of the hub")
     parser.add_argument("--peer_python", help="an interpreter with torch, transformers and accelerate")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
@@ -187,6 +244,9 @@ def main() -> None:
     parser.add_argument("--parts", default="compare,padding,pretraining", help="which parts to run")
     parser.add_argument("--json", help="where to write all figures")
     arguments = parser.parse_args()
+    wanted = set(arguments.parts.split(","))
+    if wanted & {"compare", "padding"} and not arguments.model or "compare" in wanted and not arguments.peer_python:
+        parser.error("compare needs --model and --peer_python, padding --model; --parts=pretraining needs neither")
     found: dict[str, Any] = {}
     parts = {"compare": compare, "padding": padding, "pretraining": pretraining}
     with tempfile.TemporaryDirectory() as folder:

@@ -168,6 +168,8 @@ def add_predict(commands: "Commands") -> None:
     predict.add_argument("--output", metavar="FILE", default="-", help="one JSON object a record (default: the output)")
     predict.add_argument("--batch_size", type=int, default=0, metavar="N", help="records (default: as in evaluation)")
     predict.add_argument("--step", type=int, metavar="N", help="checkpoint to take (default: the run's latest or best)")
+    predict.add_argument("--embeddings", action="store_true",
+                         help="of a similarity run: the vector of each record's text, of length 1")  # fmt: skip
 
 
 def add_generate(commands: "Commands") -> None:
@@ -296,7 +298,7 @@ def predict_command(args: argparse.Namespace) -> int:
     start()
     from llm_jax.training import predict
 
-    options = dict(step=args.step, overrides=args.overrides, batch_size=args.batch_size)
+    options = dict(step=args.step, overrides=args.overrides, batch_size=args.batch_size, embeddings=args.embeddings)
     count = predict.predict(workdir, args.input, args.output, **options)
     if args.output != "-":
         print(f"{count:,} predictions are in {args.output}")
@@ -439,7 +441,13 @@ def prepare_command(args: argparse.Namespace) -> int:
         check(cfg)
         from llm_jax.data import tasks
 
-        tasks.make_stream(tasks.prepare(cfg.data), cfg.data, cfg.seed)
+        stores = tasks.prepare(cfg.data)
+        rows = tasks.make_stream(stores, cfg.data, cfg.seed).epoch_rows
+        for side, counts in stores[0].manifest["splits"].items():
+            told = ", ".join(f"{counts[name]:,} {name}" for name in ("records", "texts", "tokens") if name in counts)
+            print(f"{side}: {told}" + (f" in {rows:,} rows an epoch" if side == "train" else ""))
+        if names := getattr(stores[0], "names", ()):
+            print(f"labels: {', '.join(names)}")
         return 0
     check_data(cfg)
     from llm_jax.data import mixture, store
@@ -458,14 +466,18 @@ def inspect_command(args: argparse.Namespace) -> int:
     start(cfg)
     import numpy as np
 
-    from llm_jax.data import inspect, loader, tasks
+    from llm_jax.data import inspect, labelled, loader, tasks
     from llm_jax.sharding import Layout
 
     stores = tasks.prepare(cfg.data)
     with contextlib.closing(loader.make_train(stores, cfg.data, args.rows, cfg.seed, Layout())) as batches:
         features = {name: np.asarray(array) for name, array in next(batches).items()}
-    rows = [inspect.with_targets({name: array[i] for name, array in features.items()}) for i in range(args.rows)]
-    inspect.inspect_rows(rows, stores[0].tokenizer, args.rows)
+    texts = labelled.texts_a_record(cfg.data)  # of one record, in rows that lie args.rows apart
+    numbers = [text * args.rows + record for record in range(args.rows) for text in range(texts)]
+    names = getattr(stores[0], "names", ())
+    rows = ({name: array[number] for name, array in features.items()} for number in numbers)
+    told = (inspect.with_targets(row, cfg.data.task, names) for row in rows)
+    inspect.inspect_rows(told, stores[0].tokenizer, len(numbers))
     return 0
 
 

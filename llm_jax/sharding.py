@@ -186,6 +186,13 @@ class Layout:
         """How a batch feature is split: (batch, length), or with another rank (batch, ...)."""
         return self.activation_sharding(*(("batch", "length") if ndim == 2 else ("batch",) + (None,) * (ndim - 1)))
 
+    def feature_sharding(self, shape: tuple[int, ...], length: int) -> NamedSharding | None:
+        """How a batch feature of this shape is split, rows having `length` tokens: one that has something for each
+        token as they are, one of a row's texts or hidden places by rows alone."""
+        if len(shape) == 2 and shape[1] != length:
+            return self.activation_sharding("batch", None)
+        return self.batch_sharding(len(shape))
+
     def activation_sharding(self, *axes: str | None) -> NamedSharding | None:
         """How an activation of these logical axes is split."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes, self.activation_rules))
@@ -238,6 +245,8 @@ class Layout:
         if self.mesh is None:
             return {name: jax.numpy.asarray(array) for name, array in local.items()}
 
+        length = local["tokens"].shape[1] if "tokens" in local else 0
+
         def put(array: np.ndarray) -> jax.Array:
             shape = (global_batch_size, *array.shape[1:])
 
@@ -246,7 +255,7 @@ class Layout:
                 start = int(np.searchsorted(rows, first))
                 return array[(slice(start, start + last - first), *index[1:])]
 
-            return jax.make_array_from_callback(shape, self.batch_sharding(array.ndim), piece)
+            return jax.make_array_from_callback(shape, self.feature_sharding(shape, length), piece)
 
         return {name: put(array) for name, array in local.items()}
 

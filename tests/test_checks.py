@@ -304,7 +304,7 @@ LABELLED = ["data.task=classification", "model.family=encoder", "model.head=text
         ([*MASKED, "data.masking.phases=10:64"], ["data.masking.phases = '10:64'", "write it as 900000=128"]),
         ([*MASKED, "data.masking.phases=100=64"], ["they leave none of train.steps = 100"]),
         ([*MASKED, "data.columns.text=x"], ["data.columns.text = 'x'", "it is read only with data.task"]),
-        ([*MASKED, "mesh.sequence=2"], ["mesh.sequence = 2", "mesh.sequence=1"]),
+        ([*MASKED, "mesh.sequence=4", "data.masking.phases=9=30"], ["data.masking.phases = '9=30'", "mesh.sequence = 4"]),
         ([*LABELLED, "data.masking.rate=0.3"], ["data.masking.rate = 0.3", "it is read only with data.task = masked"]),
         ([*LABELLED, "data.tokenizer=byte"], ["data.tokenizer = 'byte'", "checkpoint.init_from=hf:PATH"]),
         ([*LABELLED, "data.buckets=999"], ["data.buckets = '999'", "from 1 to data.sequence_length"]),

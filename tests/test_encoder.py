@@ -147,6 +147,8 @@ def test_training_flops_count_both_sides():
     visible = sum(min(t + 2, 11) - max(t - 2, 0) + 1 for t in range(12)) / 12
     found = training_flops(windowed.cfg, windowed.shapes(), windowed.axes(), 12)
     assert found.attention == pytest.approx(12 * 2 * 16 * visible)
+    hidden = training_flops(model.cfg, model.shapes(), model.axes(), 12, {"masked": 2 / 12})
+    assert hidden.matrices == 6 * (2 * (4 * 16 * 16 + 2 * 16 * 24) + (16 * 16 + 30 * 16) / 6)
     labels = build(encoder(head="token"))
     found = training_flops(labels.cfg, labels.shapes(), labels.axes(), 12)
     assert found.matrices == 6 * (2 * (4 * 16 * 16 + 2 * 16 * 24) + 16 * 2)

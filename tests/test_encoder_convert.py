@@ -1,6 +1,7 @@
 """Conversion of every encoder, both ways, against what transformers computed for the same tiny models."""
 
 import json
+import re
 
 import hub_encoders
 import hub_models
@@ -10,7 +11,7 @@ from tiny import quick_compiler
 
 from llm_jax.convert import reference, torch_reference
 from llm_jax.errors import Unproven
-from llm_jax.training import convert
+from llm_jax.training import convert, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,28 @@ def test_outputs_are_those_of_the_source_and_the_way_back_keeps_every_bit(name, 
     assert_same_bits(back, hub_encoders.stored(name)[1])
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["architectures"] == hub_encoders.stored(name)[0]["architectures"]
+
+
+def test_names_of_labels_come_along_and_go_back(tmp_path):
+    config, arrays = hub_encoders.stored("BertForSequenceClassification")
+    named = {"0": "good", "1": "bad", "2": "ugly"}
+    config = config | {"id2label": named, "label2id": {name: int(i) for i, name in named.items()}}
+    hub_models.write(tmp_path / "source", config, arrays)
+    with pytest.raises(Unproven):
+        convert.from_hub(str(tmp_path / "source"), str(tmp_path / "run"), check=False)
+    assert run_folder.read_labels(tmp_path / "run") == ("good", "bad", "ugly")
+    export(tmp_path / "run", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["id2label"] == named and back["label2id"] == {"good": 0, "bad": 1, "ugly": 2}
+
+
+def test_norms_under_their_old_names_are_read(tmp_path):
+    """As bert-base-uncased has them, from TensorFlow: gamma and beta."""
+    config, arrays = hub_encoders.stored("BertForPreTraining")
+    old = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name)): array
+           for name, array in arrays.items()}  # fmt: skip
+    assert sum(name.endswith(".gamma") for name in old) == 6
+    source = hub_models.write(tmp_path / "source", config, old)
+    put_reference(source, "BertForPreTraining")
+    convert.from_hub(str(source), str(tmp_path / "run"))  # which compares the logits
+    assert_same_bits(export(tmp_path / "run", tmp_path / "back"), arrays)

@@ -189,6 +189,32 @@ def test_a_mesh_and_micro_batches_give_the_gradient_of_one_device(head, mesh):
     assert_close(run(make(layout), layout, 2), plain, rtol=1e-4, atol=1e-4)
 
 
+SPLIT = {  # head: (objective, micro-batches)
+    "masked_pairs": (MaskedObjective(), 2), "text": (LabelledObjective("classification"), 2),
+    "token": (LabelledObjective("tokens"), 1), "embedding": (LabelledObjective("similarity", texts_a_record=2), 1),
+    "replaced": (ReplacedObjective(), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["masked_pairs", *(pytest.param(h, marks=pytest.mark.slow) for h in list(SPLIT)[1:])])
+def test_rows_split_over_their_tokens_give_the_gradient_of_one_device(head):
+    """Four devices share a row, whose two texts and four hidden places no four devices could share."""
+    objective, accumulation = SPLIT[head]
+    make, batch = encoder(head), masked_batch()
+    if head == "token":
+        batch["labels"] = np.where(batch["segment_ids"] > 0, batch["tokens"] % 3, -1)
+    params = numbers(make())
+
+    def run(layout, accumulation):
+        settings = dict(layout=layout, seed=0, step=jnp.int32(0), accumulation=accumulation)
+        step = jax.jit(lambda params, batch: gradients(make(layout), objective, params, batch, **settings)[:2])
+        placed = layout.put_batch(batch, len(batch["tokens"]))
+        return step.lower(params, placed).compile(compiler_options=QUICK)(params, placed)
+
+    found, expected = run(mesh_layout(fsdp=2, sequence=4), accumulation), run(Layout(), 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
+
+
 def test_a_packed_text_has_the_loss_that_it_has_alone():
     """Pairs, hidden tokens and labels of the second text of a row, and of the same text in a row of its own."""
     model = encoder("masked_pairs", dropout=EncoderConfig().dropout)()

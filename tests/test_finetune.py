@@ -156,6 +156,31 @@ def test_predict_is_for_labels(pretrained, tmp_path, capsys):
     assert code == 2 and "predict gives labels, and this run's data.task is 'masked'" in capsys.readouterr().err
 
 
+def test_only_similarity_has_embeddings(tuned, tmp_path, capsys):
+    (tmp_path / "new.jsonl").write_text('{"text": "a cat"}\n')
+    with quick_compiler():
+        code = cli.main(["predict", f"--workdir={tuned.workdir}", f"--input={tmp_path / 'new.jsonl'}", "--embeddings"])
+    assert code == 2 and "this run's is 'classification'; train one" in capsys.readouterr().err
+
+
+def test_records_with_half_a_character_are_refused_with_their_row(pretrained, tmp_path):
+    with pytest.raises(DataError, match="train.jsonl, row .*, column 'text': .* holds half of a surrogate pair"):
+        records = [dict(text="a \ud800", label=n) for n in range(8)]
+        llm_jax.finetune(str(pretrained), records, output_dir=str(tmp_path / "run"), max_length=16)
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect"])
+def test_the_data_of_a_labelled_task_can_be_looked_at(tuned, command, capsys):
+    code = cli.main(["data", command, f"--config={tuned.workdir}/config.json"])
+    told = capsys.readouterr().out
+    assert code == 0
+    if command == "prepare":
+        rows = "train: 64 records, 64 texts, 484 tokens in 64 rows an epoch\nvalidation: 24 records, 24 texts, "
+        assert told.startswith(rows) and told.endswith(" tokens\nlabels: with, without\n")
+    else:
+        assert "text 1: label 'with'" in told and "[CLS]" in told and "[SEP]" in told
+
+
 def test_another_models_tokenizer_is_refused(pretrained, tmp_path):
     from llm_jax.data.tokenizers import train_wordpiece
 
@@ -234,6 +259,23 @@ def test_every_task_trains_evaluates_and_predicts(pretrained, tmp_path, task):
         assert len(answer["labels"]) == 3
     if task in ("tokens", "questions"):
         assert 0 <= found["eval/f1"] <= 1
+    if task == "similarity":
+        similarity_and_embeddings_agree(model, one, answer, tmp_path)
+
+
+def similarity_and_embeddings_agree(model, record, answer, folder):
+    """A text's vector is of length 1, the product of two is their similarity, and the command writes the same."""
+    path = folder / "texts.csv"
+    path.write_text(f"text\n{record['text']}\n{record['pair']}\n")
+    with quick_compiler():
+        one, two = model.embed([record["text"], record["pair"]])
+        out = folder / "vectors.jsonl"
+        code = cli.main(["predict", f"--workdir={folder}", f"--input={path}", f"--output={out}", "--embeddings"])
+    assert code == 0 and one.shape == (16,)
+    np.testing.assert_allclose([one @ one, two @ two, one @ two], [1, 1, answer["similarity"]], rtol=1e-5)
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["row"] for line in written] == [1, 2]
+    np.testing.assert_allclose([line["embedding"] for line in written], [one, two], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in config.config_names() if "/finetune" in name])

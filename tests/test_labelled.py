@@ -81,10 +81,16 @@ def test_tables(tmp_path, format):
         ("t.csv", "text,label\na,b,c\n", ["t.csv, row 1", "3 values stand below 2 columns", "quote"]),
         ("t.csv", "text,label\n", ["holds no record"]),
         ("t.txt", "text", ["t.txt is not known to be a table", "data.format"]),
+        ("t.jsonl", '{"a": 1}\n{"a": }\n', ["t.jsonl, row 2", "Expecting value at character 7"]),
+        ("t.csv", "text,label,label\na,b,c\n", ["two columns are named 'label'"]),
+        ("t.csv", 'text,label\na,x\nb,"y\nc,x\n', ["t.csv, row 2", "unexpected end of data", "close every quote"]),
+        ("t.csv", "text,label\n\na,x\ncaf\udce9,y\n", ["t.csv, row 2", "can't decode byte 0xe9"]),
+        ("t.csv", "t\udce9xt,label\na,x\n", ["t.csv, its first line", "can't decode byte 0xe9"]),
+        ("t.jsonl", '{"a": "b"}\n{"a": "\udce9"}\n', ["t.jsonl, row 2", "can't decode byte 0xe9"]),
     ],
 )
 def test_unsound_tables(tmp_path, name, content, words):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError) as caught:
         list(read_table(SourceConfig(path=str(tmp_path / name))))
     for word in words:
@@ -133,6 +139,18 @@ ANSWERS = {"text": ["mat"], "answer_start": [4]}
         ("questions", {"pair": "c"}, {"text": "what is it the cat " * 9, "c": "the cat", "label": {"text": [], "answer_start": []}},
          ["the question alone fills a row of 16 tokens"]),
         ("similarity", {"pair": "c"}, {"text": "a", "c": ""}, ["column 'c'", "empty"]),
+        ("classification", {}, {"text": "\x01", "label": "x"}, ["column 'text'", "the tokenizer leaves nothing of the text"]),
+        ("classification", {}, {"text": "a \ud800", "label": "x"}, ["column 'text'", "holds half of a surrogate pair"]),
+        ("tokens", {}, {"text": ["a", "\ud800"], "label": ["x", "x"]}, ["column 'text'", "holds half of a surrogate pair"]),
+        ("tokens", {}, {"text": ["a", "\x01", "b"], "label": ["x", "x", "x"]}, ["nothing of the word '\\x01'", "with its label"]),
+        ("tokens", {}, {"text": ["a"] * 21, "label": ["x"] * 20}, ["20 labels for 21 words"]),
+        ("choice", {"choices": ("c", "d")}, {"text": "a", "c": "b", "d": "e", "label": "\u00b2"}, ["names none of the 2 choices"]),
+        ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": {"text": ["cat"], "answer_start": [-3]}},
+         ["does not stand at character -3"]),
+        ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": {"text": ["h"], "answer_start": [True]}},
+         ["does not stand at character True"]),
+        ("questions", {"pair": "c"}, {"text": "what", "c": "\x01", "label": {"text": [], "answer_start": []}},
+         ["column 'c'", "the tokenizer leaves nothing of the context"]),
     ],
 )  # fmt: skip
 def test_bad_values_name_file_row_and_column(folder, tokenizer, task, columns, values, words):
@@ -154,8 +172,20 @@ def test_names_of_labels(folder):
         label_names(config(folder, columns={"names": ("10", "9", "8")}), rows)
     with pytest.raises(DataError, match="the label '10' is not one of the 2 labels"):
         label_names(config(folder, columns={"names": ("9", "8")}), rows)
-    with pytest.raises(DataError, match="all training records have the label 'x'"):
+    with pytest.raises(DataError, match="the training records have no other label than 'x'"):
         label_names(config(folder), [record(text="a", label="x")])
+    with pytest.raises(DataError, match="the training records have no label, so that there is nothing to learn"):
+        label_names(config(folder, task="multilabel"), [record(text="a", label=[])])
+    zeros = [record(text="a", label=label) for label in ("1", "01", "\u0663")]
+    assert label_names(config(folder), zeros) == label_names(config(folder), zeros[::-1]) == ("01", "1", "\u0663")
+    assert label_names(config(folder), [record(label=label) for label in ("\u00b2", "3")]) == ("3", "\u00b2")
+
+
+def test_questions_none_of_which_has_an_answer(folder):
+    none = {"text": [], "answer_start": []}
+    rows = [{"text": "what", "c": "the cat", "label": none}] * 3
+    with pytest.raises(DataError, match="train.jsonl, column 'label': no training record has an answer in its context"):
+        prepare(config(folder, rows, task="questions", columns={"pair": "c"}, stride=4))
 
 
 def test_a_validation_label_that_training_never_saw(folder):

@@ -228,6 +228,14 @@ def test_batch_rows_and_pieces():
                 assert pieces[by_place[data, fsdp, tensor].id] == expected
 
 
+def test_what_a_row_has_of_its_texts_is_not_split_over_its_tokens():
+    layout = mesh_layout(data=2, sequence=4)
+    batch = layout.put_batch({"tokens": np.zeros((2, 8)), "starts": np.zeros((2, 3)), "labels": np.zeros((2, 3, 2))}, 2)
+    assert {name: array.sharding.shard_shape(array.shape) for name, array in batch.items()} == {
+        "tokens": (1, 2), "starts": (1, 3), "labels": (1, 3, 2)
+    }  # fmt: skip
+
+
 def test_a_process_must_give_its_own_rows():
     """JAX takes any number of rows and gives wrong sums."""
     message = "'tokens' has 4 rows on process 0, which must supply 8 of the global batch's 8"

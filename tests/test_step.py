@@ -122,13 +122,13 @@ def test_micro_batches_have_unequal_weights():
 def test_rows_are_dealt_where_they_are():
     """Row b goes to micro-batch b mod 4: every device deals out its own rows, and none moves."""
     rows = np.arange(16).reshape(16, 1)
-    assert np.asarray(step.deal(jnp.asarray(rows), 4, Layout()))[..., 0].tolist() == [
+    assert np.asarray(step.deal(jnp.asarray(rows), 4, Layout(), 1))[..., 0].tolist() == [
         [0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]
     ]  # fmt: skip
     layout = mesh_layout(4)
     batch = layout.put_batch({"a": rows}, 16)["a"]
-    dealt = jax.jit(lambda x: step.deal(x, 4, layout))
-    np.testing.assert_array_equal(dealt(batch), step.deal(jnp.asarray(rows), 4, Layout()))
+    dealt = jax.jit(lambda x: step.deal(x, 4, layout, 1))
+    np.testing.assert_array_equal(dealt(batch), step.deal(jnp.asarray(rows), 4, Layout(), 1))
     program = dealt.lower(batch).compile().as_text()
     assert not any(name in program for name in ("all-to-all", "all-gather", "collective-permute", "all-reduce"))
 

@@ -5,6 +5,7 @@ import math
 from llm_jax.config.kinds import LayerKind, periods, segments
 from llm_jax.config.pipeline import check_pipeline
 from llm_jax.config.schema import Config, MeshConfig, TransformerConfig
+from llm_jax.config.tasks import row_lengths
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")  # neighbours communicate most: they come last
@@ -89,10 +90,10 @@ def check_splits(cfg: Config, sizes: dict[str, int]) -> None:
     if sizes["expert"] > 1:
         check_expert_axis(cfg.model, sizes["expert"])
     check_stage_axis(cfg, sizes)
-    length = cfg.data.sequence_length
-    if sizes["sequence"] > 1 and length % sizes["sequence"]:
-        reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
-        raise refuse("data.sequence_length", length, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
+    for key, value, length in row_lengths(cfg.data) if sizes["sequence"] > 1 else ():
+        if length % sizes["sequence"]:
+            reason = f"it does not split over mesh.sequence = {sizes['sequence']} devices"
+            raise refuse(key, value, reason, f"give {nearest_multiples(length, sizes['sequence'])}")
 
 
 def own_rules(mesh: MeshConfig) -> set[str]:

@@ -1,6 +1,9 @@
 """What a run's task (data.task) asks of its other keys, refused when the config is read."""
 
-from llm_jax.config.schema import LABELLED_TASKS, TABLE_FORMATS, Config, MaskingConfig
+from collections.abc import Iterator
+from typing import Any
+
+from llm_jax.config.schema import LABELLED_TASKS, TABLE_FORMATS, Config, DataConfig, MaskingConfig
 from llm_jax.config.values import refuse
 
 # Keys that are read under some tasks only (see checks.ONLY_WITH).
@@ -49,9 +52,6 @@ def check_task(cfg: Config) -> None:
                      "set model.head=masked_pairs, or next_sentence=False")  # fmt: skip
     if data.mixture:
         raise refuse("data.mixture", list(data.mixture), f"data.task = {task!r} reads one source", "set data.path")
-    if cfg.mesh.sequence != 1:
-        raise refuse("mesh.sequence", cfg.mesh.sequence, "an encoder's rows are not split over devices",
-                     "set mesh.sequence=1, and use data, fsdp and tensor")  # fmt: skip
     if cfg.train.tokens:
         raise refuse("train.tokens", cfg.train.tokens, f"rows of data.task = {task!r} hold unequal numbers of tokens",
                      "set train.steps or train.epochs")  # fmt: skip
@@ -59,6 +59,17 @@ def check_task(cfg: Config) -> None:
         check_masking(cfg)
     else:
         check_labelled(cfg)
+
+
+def row_lengths(data: DataConfig) -> Iterator[tuple[str, Any, int]]:
+    """(key, its value, tokens) of every length that rows of a batch may have."""
+    yield "data.sequence_length", data.sequence_length, data.sequence_length
+    for entry in data.buckets:
+        if entry.strip().isdecimal():
+            yield "data.buckets", entry, int(entry)
+    for entry in data.masking.phases:
+        if (length := entry.partition("=")[2].strip()).isdecimal():
+            yield "data.masking.phases", entry, int(length)
 
 
 def check_masking(cfg: Config) -> None:
@@ -72,7 +83,7 @@ def check_masking(cfg: Config) -> None:
         raise refuse("data.masking.phases", masking.phases, "phases are counted in steps", "set train.steps")
     for entry in masking.phases:
         steps, _, length = entry.partition("=")
-        if not steps.strip().isdigit() or not length.strip().isdigit() or not int(steps) or int(length) < 8:
+        if not steps.strip().isdecimal() or not length.strip().isdecimal() or not int(steps) or int(length) < 8:
             raise refuse("data.masking.phases", entry, "it is not STEPS=LENGTH", "write it as 900000=128")
         if int(length) > cfg.model.max_length:
             reason = f"the model's longest context is model.max_length = {cfg.model.max_length}"
@@ -91,7 +102,7 @@ def check_labelled(cfg: Config) -> None:
         raise refuse("data.tokenizer", data.tokenizer, f"data.task = {task!r} goes on with an encoder's own tokenizer",
                      "give its tokenizer.json, or checkpoint.init_from=hf:PATH, which brings it along")  # fmt: skip
     for entry in data.buckets:
-        if not entry.strip().isdigit() or not 0 < int(entry) <= data.sequence_length:
+        if not entry.strip().isdecimal() or not 0 < int(entry) <= data.sequence_length:
             reason = f"it is not a length from 1 to data.sequence_length = {data.sequence_length}"
             raise refuse("data.buckets", entry, reason, "give lengths such as 32,64,128")
     if task == "choice" and len(columns.choices) < 2:

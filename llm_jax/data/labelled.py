@@ -131,9 +131,12 @@ def num_labels(cfg: DataConfig, names: Sequence[str]) -> int:
 
 def label_names(cfg: DataConfig, records: Sequence[Record]) -> tuple[str, ...]:
     """The labels in the order of their ids: data.columns.names, else what the records have, numbers by their size."""
+    column, first = cfg.columns.label, {}
+    if cfg.task == "questions" and not any(questions.answers_of(record, cfg.columns) for record in records):
+        raise DataError(f"{records[0].file}, column {column!r}: no training record has an answer in its context, so "
+                        "that there is nothing to learn; give records that have one.")  # fmt: skip
     if cfg.task not in NAMED:
         return ()
-    column, first = cfg.columns.label, {}
     for record in records:
         for label in given_labels(cfg.task, record, column):
             first.setdefault(label, record)
@@ -146,11 +149,12 @@ def label_names(cfg: DataConfig, records: Sequence[Record]) -> tuple[str, ...]:
             raise DataError(f"{records[0].file}, column {column!r}: no training record has the label {unseen[0]!r} of "
                             "data.columns.names; leave it out, or give records of it.")  # fmt: skip
         return given
-    numeric = all(label.removeprefix("-").isdigit() for label in first)
-    names = tuple(sorted(first, key=int if numeric else None))
-    if cfg.task == "classification" and len(names) < 2:
-        raise DataError(f"{records[0].file}, column {column!r}: all training records have the label {names[0]!r}, so "
-                        "that there is nothing to learn; give records of another.")  # fmt: skip
+    numeric = all(label.removeprefix("-").isdecimal() for label in first)
+    names = tuple(sorted(first, key=lambda label: (int(label), label) if numeric else label))
+    if len(names) < (1 if cfg.task == "multilabel" else 2):
+        there = f"no other label than {names[0]!r}" if names else "no label"
+        raise DataError(f"{records[0].file}, column {column!r}: the training records have {there}, so that there is "
+                        "nothing to learn; give records of another.")  # fmt: skip
     return names
 
 
@@ -165,7 +169,7 @@ def given_labels(task: str, record: Record, column: str) -> list[str]:
     for label in many:
         if label is None or isinstance(label, (float, list, dict)) or label == "":
             raise record.error(column, f"{label!r:.40} stands where a label belongs", "give a name or a whole number")
-    return [str(label) for label in many]
+    return [record.sound(column, str(label)) for label in many]
 
 
 def known_label(label: str, names: Sequence[str], record: Record, column: str) -> int:
@@ -217,11 +221,17 @@ class Encoder:
         if task == "tokens":
             words = [words_of(record, columns.text) for record in records]
             texts = self._encoder.encode_words(words)
+            for record, text, own in zip(records, texts, words, strict=True):
+                self._require_pieces(record, text, own)
             labels = [self._piece_labels(*each) for each in zip(records, words, texts, strict=True)] if labelled else []
             return texts, range(len(records)), np.concatenate(labels) if labels else None
         given = [text for record in records for text in texts_of(record, columns, task)]
         several = len(given) // max(len(records), 1)
         texts = self._encoder.encode(given)
+        for number, text in enumerate(texts):
+            if not (text.sequence == 0).any():
+                raise records[number // several].error(columns.text, "the tokenizer leaves nothing of the text",
+                                                       "leave the row out, or give it a text")  # fmt: skip
         makers: dict[str, Callable[[Record], Any]] = {
             "classification": self._class, "multilabel": self._classes, "regression": self._number,
             "choice": self._choice,
@@ -231,6 +241,13 @@ class Encoder:
             dtype = np.float32 if task in ("multilabel", "regression") else np.int32
             labels = np.repeat(np.array([makers[task](record) for record in records], dtype), several, axis=0)
         return texts, np.repeat(np.arange(len(records)), several), labels
+
+    def _require_pieces(self, record: Record, text: Pieces, words: list[str]) -> None:
+        """Refuse a word without a piece, for it has no place for its label; what the row's end cut off is no such."""
+        whole = len(words) if len(text.tokens) < self._encoder.length else int(text.words.max(initial=-1))
+        if lost := set(range(whole)) - set(text.words.tolist()):
+            found = f"the tokenizer leaves nothing of the word {words[min(lost)]!r:.40}"
+            raise record.error(self.cfg.columns.text, found, "leave it out, with its label")
 
     def _class(self, record: Record) -> int:
         (label,) = given_labels("classification", record, self.cfg.columns.label)
@@ -255,7 +272,7 @@ class Encoder:
 
     def _choice(self, record: Record) -> int:
         value, count = record[self.cfg.columns.label], len(self.cfg.columns.choices)
-        if not str(value).isdigit() or int(value) >= count:
+        if not str(value).isdecimal() or int(value) >= count:
             raise record.error(self.cfg.columns.label, f"{value!r:.40} names none of the {count} choices",
                                f"give a number from 0 to {count - 1}")  # fmt: skip
         return int(value)
@@ -281,7 +298,7 @@ def words_of(record: Record, column: str) -> list[str]:
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise record.error(column, f"{value!r:.40} is not a list of words, none of them empty", "write a list of texts")
-    return words
+    return [record.sound(column, word) for word in words]
 
 
 def texts_of(record: Record, columns: ColumnsConfig, task: str) -> list[str | tuple[str, str]]:
@@ -298,7 +315,7 @@ def texts_a_record(cfg: DataConfig) -> int:
     """How many texts each record of a task has."""
     if cfg.task == "choice":
         return len(cfg.columns.choices)
-    return 1 if cfg.task != "similarity" else 3 if cfg.columns.negative else 2
+    return 1 + bool(cfg.columns.pair) + bool(cfg.columns.negative) if cfg.task == "similarity" else 1
 
 
 # ------------------------------------------------------------------------------------------------ in a run's folder

@@ -84,7 +84,7 @@ def buckets(cfg: DataConfig) -> list[int]:
     """The lengths that rows may have, ascending, data.sequence_length being the last. Raises ConfigError."""
     lengths = []
     for entry in cfg.buckets:
-        if not entry.strip().isdigit() or not 0 < int(entry) <= cfg.sequence_length:
+        if not entry.strip().isdecimal() or not 0 < int(entry) <= cfg.sequence_length:
             raise ConfigError(f"data.buckets: {entry!r} is not a length from 1 to data.sequence_length = "
                               f"{cfg.sequence_length}; give lengths such as '32,64,128'")  # fmt: skip
         lengths.append(int(entry))

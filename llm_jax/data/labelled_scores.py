@@ -104,7 +104,7 @@ def predictions(
     choice          "choice" and "scores", probabilities
     tokens          "labels" and "scores", one a word (fewer where the row's end cut the text off)
     questions       "answer", "score", "start", "end"
-    similarity      "similarity" (cosine) of the text and its pair
+    similarity      "similarity" (cosine) of the text and its pair; of a text alone its "embedding", of length 1
     """
     per_text = by_text(batches, examples, cfg.task in ("tokens", "questions"))
     if cfg.task == "questions":
@@ -133,6 +133,8 @@ def one_prediction(task: str, names: tuple[str, ...], logits: np.ndarray) -> dic
             shares = softmax(logits[:, 0])
             return {"choice": int(shares.argmax()), "scores": rounded(shares)}
     unit = logits / np.maximum(np.linalg.norm(logits, axis=-1, keepdims=True), 1e-12)
+    if len(unit) == 1:
+        return {"embedding": [round(number, 7) for number in unit[0].tolist()]}
     return {"similarity": float(unit[0] @ unit[1])}
 
 

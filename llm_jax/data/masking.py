@@ -197,7 +197,7 @@ def read_phases(cfg: DataConfig) -> list[tuple[int, int]]:
     phases = []
     for entry in cfg.masking.phases:
         steps, _, length = entry.partition("=")
-        if not steps.strip().isdigit() or not length.strip().isdigit() or not int(steps) or int(length) < 8:
+        if not steps.strip().isdecimal() or not length.strip().isdecimal() or not int(steps) or int(length) < 8:
             raise ConfigError(f"data.masking.phases: {entry!r} is not STEPS=LENGTH, such as '900000=128'")
         phases.append((int(steps), int(length)))
     return [*phases, (0, cfg.sequence_length)]

@@ -32,7 +32,7 @@ def answers_of(record: Record, columns: ColumnsConfig) -> list[tuple[int, str]]:
                            "write answers as SQuAD does, with empty lists where there is none")  # fmt: skip
     context = record.text(columns.pair)
     for start, text in zip(starts, texts, strict=True):
-        sound = isinstance(start, int) and isinstance(text, str) and text
+        sound = type(start) is int and start >= 0 and isinstance(text, str) and text
         if not sound or context[start : start + len(text)] != text:
             raise record.error(column, f"the answer {text!r:.60} does not stand at character {start} of the context",
                                "correct answer_start; it counts characters from 0")  # fmt: skip
@@ -52,6 +52,9 @@ def windows(
         except Exception:  # the library raises bare Exceptions
             raise record.error(columns.text, f"the question alone fills a row of {encoder.length} tokens",
                                "raise data.sequence_length, or shorten it") from None  # fmt: skip
+        if not any((window.sequence == 1).any() for window in found):
+            raise record.error(columns.pair, "the tokenizer leaves nothing of the context",
+                               "leave the row out, or give it a context")  # fmt: skip
         texts += found
         owner += [number] * len(found)
         labels += [place_of(window, answers[0]) if answers else (0, 0) for window in found]

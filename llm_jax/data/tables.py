@@ -6,7 +6,6 @@ Rows count as in an editor or a data frame's head: the first record of a CSV fil
 
 import csv
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -53,7 +52,14 @@ class Record:
                              "correct the value, or data.columns")  # fmt: skip
         if not value.strip():
             raise self.error(column, "the text is empty", "leave the row out, or give it a text")
-        return value
+        return self.sound(column, value)
+
+    def sound(self, column: str, text: str) -> str:
+        """`text` of a column. Raises DataError where it holds half of a surrogate pair, which no tokenizer can read."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self.error(column, f"{text!r:.40} holds half of a surrogate pair, which is no character",
+                             "write the whole character, or leave it out")  # fmt: skip
+        return text
 
 
 def read_table(source: SourceConfig, validation: bool = False, meter: Meter = lambda count: None) -> Iterator[Record]:
@@ -102,7 +108,8 @@ def _read_jsonl(path: str, meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]
             try:
                 values = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
             except (UnicodeDecodeError, ValueError, RecursionError) as error:
-                raise DataError(f"{path}, row {row}: this is not JSON ({error}); write one object a line.") from None
+                place = f"{error.msg} at character {error.pos + 1}" if hasattr(error, "pos") else error
+                raise DataError(f"{path}, row {row}: this is not JSON ({place}); write one object a line.") from None
             if not isinstance(values, dict):
                 raise DataError(f"{path}, row {row}: a JSON {type(values).__name__} stands where an object belongs; "
                                 "write one object a line.")  # fmt: skip
@@ -112,17 +119,24 @@ def _read_jsonl(path: str, meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]
 def _read_csv(path: str, delimiter: str, meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]:
     """The first line names the columns. In TSV files quotes are ordinary characters, as in GLUE's."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with open_stream(path, meter) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
+    row = 0
+    with open_stream(path, meter) as stream:
+        lines = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream))
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(reader, [])
-            for row, cells in enumerate(filter(None, reader), 1):
+            if twice := [name for place, name in enumerate(header) if name in header[:place]]:
+                raise DataError(f"{path}: two columns are named {twice[0]!r}; give each a name of its own.")
+            for cells in filter(None, reader):
+                row += 1
                 if len(cells) != len(header):
                     raise DataError(f"{path}, row {row}: {len(cells)} values stand below {len(header)} columns "
                                     f"({', '.join(header)}); quote what holds a delimiter.")  # fmt: skip
                 yield row, dict(zip(header, cells, strict=True))
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}, near line {reader.line_num + 1}: this is no UTF-8 table ({error}).") from None
+            where = f"row {row + 1}" if reader.line_num else "its first line"
+            raise DataError(f"{path}, {where}: this is no row of a UTF-8 table ({error}); save the file as UTF-8, and "
+                            "close every quote.") from None  # fmt: skip
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -86,6 +86,17 @@ def feature_shapes(cfg: DataConfig, batch_size: int, num_labels: int) -> dict[st
     return found
 
 
+def head_shares(cfg: DataConfig) -> dict[str, float]:
+    """The share of a row's tokens that each head is computed at, by its name among the parameters: what FLOPs count.
+
+    Of a packed row's texts the first alone counts, for how many there are the data know.
+    """
+    one = 1 / cfg.sequence_length
+    if cfg.task == "masked":
+        return {"masked": masking.predictions(cfg, cfg.sequence_length) * one, "pairs": one}
+    return {"labels": one} if cfg.task in ("classification", "multilabel", "regression", "choice") else {}
+
+
 def nothing_held_out() -> DataError:
     return DataError(
         "There is nothing to evaluate on: the data source has no validation split. Set data.validation_fraction above "

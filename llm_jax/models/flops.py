@@ -1,6 +1,7 @@
 """Floating-point operations of a step, counted from the parameters: one count for every model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,16 +34,22 @@ class Flops:
         return self.matrices + self.attention
 
 
-def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) -> Flops:
+def training_flops(
+    cfg: TransformerConfig, shapes: Any, axes: Any, length: int, heads: Mapping[str, float] | None = None
+) -> Flops:
     """FLOPs a token of rows of `length` tokens.
 
     Args:
       shapes: the parameters, as ShapeDtypeStructs or arrays.
       axes: their logical axes.
       length: T; a decoder's token sees (T + 1) / 2 keys on average, an encoder's T, less under a sliding window.
-        Borders of packed documents are not subtracted; an encoder's head counts as if all tokens were masked.
+        Borders of packed documents are not subtracted.
+      heads: the share of the tokens that an encoder's head is computed at, by its name among the parameters
+        (`tasks.head_shares`: hidden tokens, or one vector a text); None, or a head that is not there: all.
     """
-    leaves = jax.tree.leaves(shapes)
+    shares = heads or {}
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(shapes), strict=True)
+    places = [shares.get(getattr(path[0], "key", ""), 1.0) for path in paths]
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     tables = {("vocab", "embed"), ("position", "embed"), ("buckets", "heads"), ("buckets", "embed")}  # looked up
     kept = 4.0 if cfg.lora.rank else 6.0  # of a parameter that is no adapter
@@ -50,12 +57,13 @@ def training_flops(cfg: TransformerConfig, shapes: Any, axes: Any, length: int) 
         leaf.size
         * (6.0 if "adapter" in axis else kept)
         * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
-        for leaf, axis in zip(leaves, names, strict=True)
+        * share
+        for leaf, axis, share in zip(leaves, names, places, strict=True)
         if axis not in tables and sum(name not in STACKS for name in axis) >= 2
     )
     if cfg.tie_embeddings and getattr(cfg, "head", "masked") in ("masked", "masked_pairs"):
         table = sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))
-        matrices += kept * table
+        matrices += kept * table * shares.get("masked", 1.0)
     visible = 0.0  # keys, over all layers
     for kind in layer_kinds(cfg):
         window = min(cfg.sliding_window, length) if kind.window else length

@@ -71,7 +71,8 @@ class LabelledObjective:
         """Sums without smoothing, their weight as "count", and "scores", "text_ids" and "starts" of the texts."""
         scores = self.scores(model, params, batch)
         kept = {"scores": scores, "text_ids": batch["text_ids"], "starts": batch["starts"]}
-        if "labels" not in batch and self.task != "similarity":  # new records, for prediction
+        told = self.texts_a_record > 1 if self.task == "similarity" else "labels" in batch
+        if not told:  # new records, for prediction
             return kept
         return self._sums(scores, batch, 0.0) | {"count": self.weights(batch)["loss"]} | kept
 

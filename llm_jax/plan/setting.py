@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from llm_jax import sharding
 from llm_jax.config import Config, check, check_devices, run_steps
 from llm_jax.config.mesh import MESH_AXES, mesh_sizes, slice_sizes
+from llm_jax.data import tasks
 from llm_jax.errors import UserError
 from llm_jax.models import flops, registry
 from llm_jax.models.registry import Model, count_parameters
@@ -51,8 +52,8 @@ class Setting:
     @property
     def flops(self) -> flops.Flops:
         """Of training on one token: what MFU counts."""
-        shapes, axes = self.model.shapes(), self.model.axes()
-        return flops.training_flops(self.cfg.model, shapes, axes, self.cfg.data.sequence_length)
+        cfg, shapes, axes = self.cfg, self.model.shapes(), self.model.axes()
+        return flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length, tasks.head_shares(cfg.data))
 
     def state_bytes(self) -> dict[str, int]:
         """Of each device: "parameters", "optimizer" (with the average, if there is one) and "gradients"."""

@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llm_jax import config
 from llm_jax.backend import start_backend
 from llm_jax.config import Config
@@ -35,6 +37,7 @@ class FineTuned:
     workdir: str
     cfg: Config
     _predictor: predict.Predictor | None = None
+    _embedder: predict.Predictor | None = None
 
     def evaluate(self) -> dict[str, float]:
         """The figures of its best checkpoint on the validation records."""
@@ -45,6 +48,12 @@ class FineTuned:
         if self._predictor is None:
             self._predictor = predict.open_run(self.workdir)
         return self._predictor(predict.records_of(texts, self.cfg))
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """The embeddings of texts, (texts, D) float64, each of length 1; of a run with task="similarity"."""
+        if self._embedder is None:
+            self._embedder = predict.open_run(self.workdir, embeddings=True)
+        return np.array([found["embedding"] for found in self._embedder(predict.records_of(texts, self.cfg))])
 
 
 def finetune(
@@ -134,5 +143,5 @@ def as_file(records: Records, workdir: str, name: str) -> str:
         return records
     path = os.path.join(workdir, f"{name}.jsonl")
     with open(path, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records)
+        stream.writelines(json.dumps(dict(record)) + "\n" for record in records)
     return path

@@ -55,7 +55,7 @@ def batch_shapes(cfg: Config, layout: Layout) -> Batch:
     """What the loader hands to a step, as sharded ShapeDtypeStructs (B, T); `target_bytes` is left out."""
     if cfg.data.task != "language":
         features = tasks.feature_shapes(cfg.data, cfg.train.global_batch_size, getattr(cfg.model, "num_labels", 1))
-        sharded = lambda shape: layout.batch_sharding(len(shape))  # noqa: E731
+        sharded = lambda shape: layout.feature_sharding(shape, cfg.data.sequence_length)  # noqa: E731
         return {name: jax.ShapeDtypeStruct(shape, d, sharding=sharded(shape)) for name, (shape, d) in features.items()}
     shape, sharding = (cfg.train.global_batch_size, cfg.data.sequence_length), layout.batch_sharding()
     integers = ("tokens", "targets", "segment_ids", "positions")

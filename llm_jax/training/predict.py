@@ -1,6 +1,7 @@
-"""`llm-jax predict`: labels and scores of new records, in batches, as they are read."""
+"""`llm-jax predict`: labels and scores, or embeddings, of new records, in batches, as they are read."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.config.schema import LABELLED_TASKS, SourceConfig
-from llm_jax.data.labelled import Encoder
+from llm_jax.data.labelled import NAMED, Encoder
 from llm_jax.data.labelled_rows import LabelledRows, evaluation_batches
 from llm_jax.data.labelled_scores import predictions
 from llm_jax.data.progress import Progress
@@ -34,21 +35,23 @@ class Predictor:
       run: of a labelled task.
       names: of the labels.
       batch_size: records of a batch.
+      embeddings: the vector of each record's text, where the run learned similarity, in place of a cosine.
     """
 
-    def __init__(self, run: TrainedModel, names: Sequence[str], batch_size: int = 0):
-        cfg = run.cfg
+    def __init__(self, run: TrainedModel, names: Sequence[str], batch_size: int = 0, embeddings: bool = False):
+        cfg = of_texts_alone(run.cfg) if embeddings else run.cfg
         if cfg.data.task not in LABELLED_TASKS:
             raise UserError(
                 f"predict gives labels, and this run's data.task is {cfg.data.task!r}; llm-jax generate continues text"
             )
         if jax.process_count() > 1:
             raise UserError("predict runs as one process: start it on one machine, without the others")
-        self.cfg, self.names, self.run = cfg, tuple(names), run
+        numbered = tuple(f"LABEL_{label}" for label in range(run.cfg.model.num_labels))  # of a checkpoint without names
+        self.cfg, self.names, self.run = cfg, tuple(names) or (numbered if cfg.data.task in NAMED else ()), run
         layout = run.model.module.layout
         wanted = batch_size or cfg.eval.batch_size or cfg.train.global_batch_size
         self.batch_size = -(-wanted // layout.batch_shards) * layout.batch_shards
-        self._layout, self._encode = layout, Encoder(cfg.data, run.tokenizer, names)
+        self._layout, self._encode = layout, Encoder(cfg.data, run.tokenizer, self.names)
         objective = objectives.make(cfg)
         self._evaluate = jax.jit(
             lambda params, batch: objective.evaluation(run.model, params, batch), out_shardings=layout.replicated
@@ -67,10 +70,25 @@ class Predictor:
         return self._layout.put_batch(batch, self.batch_size * rows.texts_a_record)
 
 
-def open_run(workdir: str, step: int | None = None, overrides: Sequence[str] = (), batch_size: int = 0) -> Predictor:
+def of_texts_alone(cfg: Config) -> Config:
+    """A similarity run's config with one text a record. Raises UserError where the run has no embeddings."""
+    if cfg.data.task != "similarity":
+        raise UserError(f"embeddings are of runs with data.task=similarity, and this run's is {cfg.data.task!r}; train "
+                        "one with configs/bert/finetune_similarity.py, or convert a model that has them")  # fmt: skip
+    columns = dataclasses.replace(cfg.data.columns, pair="", negative="")
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, columns=columns))
+
+
+def open_run(
+    workdir: str,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    batch_size: int = 0,
+    embeddings: bool = False,
+) -> Predictor:
     """The predictor of a run, needing nothing but its folder."""
     run = restore.restore(workdir, step, overrides)
-    return Predictor(run, run_folder.read_labels(workdir), batch_size)
+    return Predictor(run, run_folder.read_labels(workdir), batch_size, embeddings)
 
 
 def predict(
@@ -81,6 +99,7 @@ def predict(
     step: int | None = None,
     overrides: Sequence[str] = (),
     batch_size: int = 0,
+    embeddings: bool = False,
 ) -> int:
     """Write one JSON object a record, {"row", ...}, in the order of the input; returns how many.
 
@@ -89,12 +108,13 @@ def predict(
       input: a jsonl, csv, tsv or parquet file (or a folder, or glob, of them) with the columns that the run read.
       output: a file, which gets its name when all is written; "-" is standard output.
       step: which checkpoint; None: the run's latest, or best.
+      embeddings: write {"row", "embedding"} of the text in data.columns.text, whatever other columns there are.
 
     Raises:
       DataError: a record that cannot be read, with its file, row and column.
     """
     files = find_files(input)  # told before a model is loaded
-    predictor = open_run(workdir, step, overrides, batch_size)
+    predictor = open_run(workdir, step, overrides, batch_size, embeddings)
     count = 0
     with opened(output) as out, Progress().counting("predicting", sum(file.size for file in files)) as advance:
         for chunk in chunks(read_table(SourceConfig(path=input), meter=lambda size: advance(size, 0)), CHUNK):

@@ -67,7 +67,7 @@ def gradients(
     if accumulation == 1:
         (_, terms), grads = value_and_grad(params, batch)
     else:
-        micros = jax.tree.map(lambda x: deal(x, accumulation, layout), batch)
+        micros = jax.tree.map(lambda x: deal(x, accumulation, layout, batch["tokens"].shape[1]), batch)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
             (_, terms), grads = value_and_grad(params, micro)
@@ -80,12 +80,12 @@ def gradients(
     return grads, terms, objective.weights(batch)["loss"]
 
 
-def deal(x: jax.Array, accumulation: int, layout: Layout) -> jax.Array:
-    """(B, ...) to (accumulation, B / accumulation, ...), row b to micro-batch b mod accumulation."""
+def deal(x: jax.Array, accumulation: int, layout: Layout, length: int) -> jax.Array:
+    """(B, ...) to (accumulation, B / accumulation, ...), row b to micro-batch b mod accumulation; rows of `length`."""
     micros = jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0)
     if layout.mesh is None:
         return micros
-    spec = layout.batch_sharding(x.ndim).spec
+    spec = layout.feature_sharding(x.shape, length).spec
     sharding = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, *spec))
     return jax.lax.with_sharding_constraint(micros, sharding)
 

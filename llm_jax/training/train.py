@@ -60,9 +60,7 @@ class Run:
     @property
     def flops(self) -> flops.Flops:
         """Of training on one token."""
-        return flops.training_flops(
-            self.cfg.model, self.model.shapes(), self.model.axes(), self.cfg.data.sequence_length
-        )
+        return model_flops(self.cfg, self.model)
 
 
 def train(cfg: Config, workdir: str, step_file: str = "") -> None:
@@ -225,6 +223,12 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
     return state
 
 
+def model_flops(cfg: Config, model: registry.Model) -> flops.Flops:
+    """Of training on one token of the longest rows."""
+    heads = tasks.head_shares(cfg.data)
+    return flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length, heads)
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -327,7 +331,7 @@ def finish(run: Run, state: TrainState) -> None:
 def describe(cfg: Config) -> str:
     """What `train` would run, without touching data beyond its tokenizer or making any array."""
     cfg, layout, model, state = planned(cfg)
-    cost = flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length)
+    cost = model_flops(cfg, model)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     shardings = layout.parameter_shardings(model.shapes(), model.axes(), layout.gradient_rules)
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
