@@ -10,6 +10,7 @@ from llm_jax.precision import at_least_float32, wide_einsum
 from llm_jax.sharding import Layout
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """-log softmax(logits)[target] and log Z, for each token, in at least float32.
 
@@ -34,6 +35,39 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
         entropy = -(high * jnp.log(high) + (count - 1) * low * jnp.log(low))
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean) - entropy
     return loss, log_z
+
+
+def logits_gradient(
+    logits: jax.Array,
+    log_z: jax.Array,
+    targets: jax.Array,
+    d_loss: jax.Array,
+    d_log_z: jax.Array,
+    label_smoothing: float,
+) -> jax.Array:
+    """What `cross_entropy` passes back to its logits (..., V), of their shape and dtype; the others lack that axis."""
+    log_z, targets, d_loss, d_log_z = (y[..., None] for y in (log_z, targets, d_loss, d_log_z))
+    wanted = jnp.where(_ids(logits) == targets, 1 - label_smoothing, 0.0)
+    if label_smoothing:
+        possible = jnp.isfinite(logits)
+        wanted = wanted + jnp.where(possible, label_smoothing, 0.0) / possible.sum(-1, keepdims=True)
+    return (d_loss + d_log_z) * jnp.exp(logits - log_z) - d_loss * wanted
+
+
+def _cross_entropy_forward(logits: jax.Array, targets: jax.Array, label_smoothing: float):
+    loss, log_z = cross_entropy(logits, targets, label_smoothing)
+    return (loss, log_z), (logits, log_z, targets)
+
+
+def _cross_entropy_backward(label_smoothing: float, saved, cotangents):
+    """In one pass: JAX's own would fill an array of the logits' size with zeros, to scatter the targets' part into."""
+    logits, log_z, targets = saved
+    gradient = logits_gradient(at_least_float32(logits), log_z, targets, *cotangents, label_smoothing)
+    # The barrier: both products after it read this one array, where XLA:CPU would compute it for each of them.
+    return jax.lax.optimization_barrier(gradient.astype(logits.dtype)), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def capped_logits(logits: jax.Array, softcap: float, vocab_size: int) -> jax.Array:
@@ -165,14 +199,11 @@ class _Form:
         self, logits: jax.Array, log_z: jax.Array, targets: jax.Array, d_loss: jax.Array, d_log_z: jax.Array
     ) -> jax.Array:
         """Gradient with respect to the product, of the shape and dtype of `logits`; the others lack its last axis."""
-        log_z, targets, d_loss, d_log_z = (y[..., None] for y in (log_z, targets, d_loss, d_log_z))
-        ids, smoothing = _ids(logits), self.label_smoothing
-        wanted = jnp.where(ids == targets, 1 - smoothing, 0.0) + smoothing / self.vocab_size
-        gradient = (d_loss + d_log_z) * jnp.exp(logits - log_z) - d_loss * wanted
+        gradient = logits_gradient(logits, log_z, targets, d_loss, d_log_z, self.label_smoothing)
         if self.softcap:
             gradient = gradient * (1 - jnp.square(logits / self.softcap))
         if self.vocab_size < logits.shape[-1]:
-            gradient = jnp.where(ids < self.vocab_size, gradient, 0)
+            gradient = jnp.where(_ids(logits) < self.vocab_size, gradient, 0)
         return gradient
 
 
