@@ -9,13 +9,16 @@ the card, in a process of its own so that peak memory starts from nothing (bench
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import jax
+CARD = dict(os.environ)  # of the processes that run steps
+os.environ["JAX_PLATFORMS"] = "cpu"  # this one would keep most of the card's memory
 
 from llm_jax.config import load
 from llm_jax.plan.compile import Job
@@ -79,7 +82,7 @@ def run(name: str, spec: tuple[str, ...], folder: Path) -> dict[str, Any] | None
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.measured", str(result), spec[0], *spec[1:], *ROWS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=CARD)
     if done.returncode:
         print(f"{name}: {done.stderr[-1500:]}", file=sys.stderr, flush=True)
         return None
@@ -99,12 +102,12 @@ def main() -> None:
     machine = topology(f"{card}:1x1")
     settings = [make_setting(load(config, (*overrides, *ROWS)), machine) for _, (config, *overrides) in specs]
     jobs = [Job(setting) for setting in settings]
+    while not all([job.poll() for job in jobs]):  # before the card is used: a compiler may hold memory of it
+        time.sleep(0.2)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for (name, spec), setting, job in zip(specs, settings, jobs, strict=True):
             measured = run(name, spec, Path(folder))
-            while not job.poll():
-                pass
             if measured is None or job.result().refused:
                 continue
             pairs.append(Pair(name, estimate_compiled(setting, job.result()), measured))
@@ -117,7 +120,7 @@ def main() -> None:
 def name_of_card() -> str:
     """In a process of its own: one that has the card keeps most of its memory."""
     command = [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"]
-    kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    kind = subprocess.run(command, capture_output=True, text=True, check=True, env=CARD).stdout.strip()
     found = [name for name, hardware in HARDWARE.items() if hardware.kind == kind]
     if not found:
         raise SystemExit(f"no card {kind!r} is described in llm_jax/plan/hardware.py")
