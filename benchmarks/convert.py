@@ -4,7 +4,8 @@
 
 A checkpoint of random bf16 numbers is made (1.05 GB each for embedding and head, 0.44 GB a layer; 32 layers: 16 GB). In
 the same run it is copied file by file, which is what the disk can do at best, and converted to a run's folder; both
-are written through to the disk; then the run is converted back. Each conversion is a process of its own, whose largest
+are written through to the disk; then the run is converted back. The seconds of processor time, of all threads, say how
+much of the time was waiting, for the disk or for a core. Each conversion is a process of its own, whose largest
 resident size is told beside that of the same process before it opened the checkpoint. The logits are not compared.
 """
 
@@ -59,28 +60,27 @@ def make(folder: Path, layers: int) -> None:
     safetensors.write_folder(folder, planned, random, largest=SHARD_BYTES)
 
 
-def copy(source: Path, to: Path) -> float:
-    """Seconds to copy the files, through to the disk."""
-    began = time.monotonic()
+def copy(source: Path, to: Path) -> tuple[float, float]:
+    """Seconds, and of processor time, to copy the files through to the disk."""
+    began, busy = time.monotonic(), time.process_time()
     to.mkdir()
     for path in source.iterdir():
         shutil.copyfile(path, to / path.name)
         with open(to / path.name, "rb") as stream:
             os.fsync(stream.fileno())
-    return time.monotonic() - began
+    return time.monotonic() - began, time.process_time() - busy
 
 
-def convert(source: str, to: str, *, back: bool) -> tuple[float, int, int]:
-    """In a process of its own: seconds, and resident bytes before and at most."""
+def convert(source: str, to: str, *, back: bool) -> tuple[float, float, int, int]:
+    """In a process of its own: seconds, those of processor time, and resident bytes before and at most."""
     from llm_jax.errors import Unproven
     from llm_jax.training import convert
 
     before = resident()
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     with contextlib.suppress(Unproven):
         (convert.to_hub if back else convert.from_hub)(source, to, check=False)
-    seconds = time.monotonic() - began
-    return seconds, before, peak()
+    return time.monotonic() - began, time.process_time() - busy, before, peak()
 
 
 def resident() -> int:
@@ -111,7 +111,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in source.iterdir())
     largest = max(tensor.nbytes for tensor in safetensors.read_folder(source).values())
     drop_cache(source)
-    copying = copy(source, folder / "copy")
+    copying, copying_cpu = copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
     drop_cache(source)
     found = {
@@ -119,13 +119,15 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
         "source_GB": size / 1e9,
         "largest_tensor_GB": largest / 1e9,
         "copy_s": copying,
+        "copy_cpu_s": copying_cpu,
         "copy_GB_s": size / 1e9 / copying,
     }
     for name, ends in (("convert", (source, folder / "run")), ("back", (folder / "run", folder / "back"))):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            seconds, before, most = pool.submit(convert, *map(str, ends), back=name == "back").result()
+            seconds, busy, before, most = pool.submit(convert, *map(str, ends), back=name == "back").result()
         found |= {
             f"{name}_s": seconds,
+            f"{name}_cpu_s": busy,
             f"{name}_share_of_copying": copying / seconds,
             f"{name}_resident_before_GB": before / 1e9,
             f"{name}_resident_peak_GB": most / 1e9,

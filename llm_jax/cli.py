@@ -198,7 +198,8 @@ def add_convert(commands: "Commands") -> None:
     convert.add_argument("--to", metavar="WHERE", help="the new run's folder, or hf:PATH of a new folder")
     convert.add_argument("--dtype", metavar="NAME", choices=("float32", "bfloat16", "float16", "float64"),
                          help="of the tensors written (default: as they are in the source)")  # fmt: skip
-    convert.add_argument("--revision", metavar="REV", help="branch, tag or commit of a name on the hub")
+    convert.add_argument("--revision", metavar="REV", help="branch, tag or commit of --from's name on the hub; "
+                         "NAME@REV says it too, and for an adapter")  # fmt: skip
     convert.add_argument("--step", type=int, metavar="N", help="checkpoint of a run to take (default: the latest)")
     convert.add_argument("--architecture", metavar="NAME", help="to hf: of --list (default: the source's, or the first "
                          "that can say the model)")  # fmt: skip

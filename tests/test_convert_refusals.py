@@ -387,3 +387,20 @@ def test_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch):
     assert hub.folder_of("./owner/name", None).name == "name"
     with pytest.raises(UserError, match="--revision=main is for names on the hub"):
         hub.folder_of(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize("folder_of", [lambda name: hub.folder_of(name, None), convert.adapter_folder])
+def test_a_name_may_say_its_revision(fake_hub, tmp_path, folder_of):
+    fake = fake_hub(BESIDE | {"model.safetensors": ""})
+    assert folder_of("owner/name@v1/b") == tmp_path / "0123abc"
+    assert fake.calls[0] == ("owner/name", "v1/b")
+
+
+def test_revisions_are_of_names_and_said_once(fake_hub, tmp_path, monkeypatch):
+    fake_hub(BESIDE | {"model.safetensors": ""})
+    with pytest.raises(UserError, match="--revision=v2: owner/name@v1 names a revision too"):
+        hub.folder_of("owner/name@v1", "v2")
+    (tmp_path / "a@b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub.folder_of("a@b", None) == tmp_path / "a@b"  # a path that is there
+    assert hub.split("owner/name@v1") == ("owner/name", "v1") and hub.split("a@b") == ("a@b", None)

@@ -2,6 +2,7 @@
 
 import json
 
+import hub_encoders
 import hub_models
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,35 @@ def test_an_untied_head_and_a_padded_vocabulary(tmp_path, mesh):
     np.testing.assert_array_equal(table, np.pad(theirs["transformer.wte.weight"], ((0, 3), (0, 0))))
     up = [theirs[f"transformer.h.{layer}.mlp.c_fc.weight"] for layer in range(2)]
     np.testing.assert_array_equal(params["stack"]["blocks"]["mlp"]["up"]["kernel"], np.stack(up))
+
+
+def test_a_dry_run_tells_what_is_left_out_and_what_starts_anew(gpt2, tmp_path, capsys):
+    data = dict(tokenizer="none", sequence_length=16)
+    lora = dict(model=dict(lora=dict(rank=2, targets=["up"])), train=dict(steps=1), data=data)
+    (tmp_path / "run.json").write_text(json.dumps(lora))
+    options = [f"--config.init_from=hf:{gpt2}", "--dry_run"]
+    assert cli.main(["train", f"--config={tmp_path}/run.json", *options]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    adapters = "stack/blocks/mlp/up/lora_a, stack/blocks/mlp/up/lora_b"
+    assert line == f"begins at step 0 with 20 parameters of hf:{gpt2}; fresh: {adapters}"
+
+    folder = hub_encoders.checkpoint(tmp_path / "bert", "BertForPreTraining")
+    (folder / "tokenizer.json").write_text("{}")
+    cfg = pretrained.adopt(config.load("", [f"init_from=hf:{folder}", "data.task=classification"]))
+    model = registry.build(cfg.model, Layout(), Precision.make(cfg.precision))
+    (line,) = pretrained.preview(cfg, model.shapes())
+    assert "; fresh: labels/classifier/linear/bias, labels/classifier/linear/kernel" in line
+    assert "; not taken over: cls.predictions" in line and "cls.seq_relationship.weight" in line
+    assert "pooler" not in line
+
+
+def test_keys_that_make_it_another_model_are_refused(gpt2):
+    with pytest.raises(ConfigError, match=r"is another model than this config's .*query_norm.*; leave the keys of mod"):
+        started(gpt2, None, "model.qk_norm=head")
+
+
+def test_long_lists_of_names_are_cut():
+    assert pretrained.some([str(i) for i in range(14)]).endswith("10, 11 and 2 more")
 
 
 def test_float64_is_not_rounded(tmp_path, x64):

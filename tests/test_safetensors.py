@@ -1,6 +1,7 @@
 """Reading and writing safetensors: against the format's own library, and what is damaged is refused by name."""
 
 import json
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -199,3 +200,47 @@ def test_an_array_of_many_rows_is_cut_into_as_many_as_fit(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 90)
     rows = lambda *shape: pieces.rows_in(np.zeros(shape, np.float32))  # noqa: E731
     assert (rows(10, 7), rows(10, 30), rows(0, 3)) == (3, 1, 1)
+
+
+def test_the_next_is_made_ahead_where_both_have_room():
+    made, used = [], []
+    sizes = {"a": 3, "b": 4, "c": 4, "d": 8}
+    for item, double in pieces.ahead(list(sizes), lambda item: made.append(item) or 2 * item, sizes.get):
+        used.append((item, double))
+    assert used == [(item, 2 * item) for item in sizes] and made == list(sizes)
+
+    begun = threading.Event()
+    each = pieces.ahead(["a", "b"], lambda item: item == "b" and begun.set(), lambda item: 1 if item == "a" else 2)
+    assert next(each)[0] == "a" and not begun.is_set()  # a and b are 3 bytes together, and there is room for 2
+    each = pieces.ahead(["a", "b", "c"], lambda item: item == "b" and begun.set(), lambda item: 2 if item == "c" else 1)
+    assert next(each)[0] == "a" and begun.wait(60)
+
+
+def test_what_making_raises_is_raised_at_its_place():
+    each = pieces.ahead([1, 0, 2], lambda item: 1 / item, lambda item: 1 if item < 2 else 3)
+    assert next(each) == (1, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        next(each)
+
+
+def test_each_thread_has_memory_of_its_own_that_it_uses_again(monkeypatch):
+    monkeypatch.setattr(pieces, "WORKERS", 2)
+    both = threading.Barrier(2)
+
+    def work(number):
+        mine = workers.scratch((2, 3), np.dtype(np.int32))
+        mine[...] = number
+        both.wait(60)
+        again = workers.scratch((5,), np.dtype(np.int16))
+        return mine.tolist(), np.shares_memory(mine, again)
+
+    with pieces.Workers() as workers:
+        found = workers.each(work, [1, 2])
+    assert found == [([[1] * 3] * 2, True), ([[2] * 3] * 2, True)]
+
+
+def test_what_a_thread_raises_is_raised_when_all_have_ended():
+    done = []
+    with pieces.Workers() as workers, pytest.raises(ZeroDivisionError):
+        workers.each(lambda number: done.append(1 // number), [1, 0, 1, 1])
+    assert done == [1, 1, 1]

@@ -18,8 +18,8 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True, also: Co
     """The folder of a checkpoint.
 
     Args:
-      name: a path, or "owner/name" on the hub where there is no such path.
-      revision: a branch, tag or commit on the hub; None: its main branch.
+      name: a path, or where there is no such path "owner/name" or "owner/name@revision" on the hub.
+      revision: a branch, tag or commit on the hub; None: that of the name, or the main branch.
       weights: False fetches the small files alone.
       also: names of more small files.
 
@@ -27,11 +27,14 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True, also: Co
       UserError: there is neither, it cannot be reached, or it needs a token.
       DataError: the repository has no weights in safetensors, or its index is damaged.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    plain, own = split(name)
+    if not is_name(plain):
         if revision:
             raise UserError(f"--revision={revision} is for names on the hub, and {name} is a path")
-        return path.absolute()
+        return Path(name).expanduser().absolute()
+    if revision and own:
+        raise UserError(f"--revision={revision}: {name} names a revision too; leave one of the two out")
+    name, revision = plain, revision or own
     folder = _fetched(name, revision, [*BESIDE, INDEX, *also])
     if not weights:
         return folder
@@ -43,6 +46,18 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True, also: Co
             raise safetensors.without_weights(f"hf:{name}", names)
         raise safetensors.without_weights(f"hf:{name}, as far as it is here,", os.listdir(folder))
     return folder
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """A name on the hub without its "@revision", and that; of a path, and of a name without: (name, None)."""
+    plain, _, revision = name.partition("@")
+    return (plain, revision) if revision and is_name(plain) and not Path(name).expanduser().exists() else (name, None)
+
+
+def is_name(name: str) -> bool:
+    """Whether it can only be a name on the hub."""
+    is_path = Path(name).expanduser().exists() or name.startswith(".")
+    return not is_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
 
 
 def _fetched(name: str, revision: str | None, files: Collection[str]) -> Path:

@@ -60,12 +60,13 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """The tensor. Raises DataError where the file ends before it does."""
-        array = np.empty(self.nbytes, np.uint8)
+        array = pieces.empty((self.nbytes,), np.dtype(np.uint8))
 
         def one(start: int) -> None:
             self.read_bytes(start, memoryview(array)[start : start + pieces.PIECE_BYTES])
 
-        pieces.each(one, range(0, self.nbytes, pieces.PIECE_BYTES))
+        with pieces.Workers() as workers:
+            workers.each(one, range(0, self.nbytes, pieces.PIECE_BYTES))
         return array.view(self.dtype).reshape(self.shape)
 
     def read_bytes(self, start: int, into: memoryview) -> None:
@@ -220,7 +221,8 @@ def write_folder(
     *,
     largest: int,
 ) -> None:
-    """Write a checkpoint: `produce` is asked for one tensor after the other, in order.
+    """Write a checkpoint: `produce` is asked for one tensor after the other, in order; where there is room
+    (`pieces.ahead`) on another thread, while the one before is written.
 
     Raises ValueError where it gives another shape or dtype than planned.
     """
@@ -245,33 +247,32 @@ def write_file(path: Path, tensors: Sequence[Planned], produce: Callable[[Planne
         place += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
-    with open(path, "wb", buffering=0) as stream:
+    with open(path, "wb", buffering=0) as stream, pieces.Workers() as workers:
         write_all(stream, len(text).to_bytes(8, "little") + text)
         start = stream.tell()
-        for tensor in tensors:
-            array = produce(tensor)
+        for tensor, array in pieces.ahead(tensors, produce, lambda tensor: tensor.nbytes):
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name} is {array.dtype}{array.shape}, planned was {tensor}")
-            write_array(stream, start, array)
+            write_array(stream, start, array, workers)
             start += tensor.nbytes
             del array  # before the next is made
         os.fsync(stream.fileno())
 
 
-def write_array(stream: Any, start: int, array: np.ndarray) -> None:
+def write_array(stream: Any, start: int, array: np.ndarray, workers: pieces.Workers) -> None:
     """The array's bytes from byte `start` of a file on. A transposed one is never twice in memory."""
     array = array.reshape(-1) if array.flags.c_contiguous else array
     writing = threading.Lock()  # a file takes one piece at a time, and threads that wait there would wait busily
 
     def write_rows(first: int) -> None:
-        rows = pieces.contiguous(array[first : first + step])
+        rows = workers.contiguous(array[first : first + step])
         with writing:
             stream.seek(start + first * row_bytes)
             write_all(stream, rows.reshape(-1).view(np.uint8))
 
     if array.size:
         step, row_bytes = pieces.rows_in(array), array.nbytes // len(array)
-        pieces.each(write_rows, range(0, len(array), step))
+        workers.each(write_rows, range(0, len(array), step))
 
 
 def write_all(stream: Any, content: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.config import EncoderConfig, TransformerConfig
-from llm_jax.convert import families, packed, safetensors
+from llm_jax.convert import families, packed, pieces, safetensors
 from llm_jax.convert.family import Family
 from llm_jax.convert.rules import Move, matches
 from llm_jax.convert.safetensors import Tensor
@@ -142,12 +142,19 @@ def _drop_copy(source: Source, tensors: dict[str, Tensor], copy: str, original: 
     head, embedding = tensors.get(copy), tensors.get(original)
     if not source.cfg.tie_embeddings or head is None or embedding is None:
         return
-    if head.shape != embedding.shape or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not same_bits(head.read(), embedding.read()):
         raise DataError(
             f"{head.file}: {head.name} differs from {embedding.name}, and config.json says that they are one "
             "(tie_word_embeddings); set it to false there if the checkpoint has a head of its own"
         )
     del tensors[copy]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Of arrays of one shape and dtype; in pieces, for numpy's comparison of all takes as much memory again."""
+    step = pieces.rows_in(a)
+    parts = (slice(start, start + step) for start in range(0, len(a), step))
+    return all(np.array_equal(a[part].view(np.uint8), b[part].view(np.uint8)) for part in parts)
 
 
 def listed(names: Sequence[str]) -> str:

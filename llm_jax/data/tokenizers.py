@@ -57,19 +57,20 @@ class Tokenizer(abc.ABC):
         info = {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id, "identity": self.identity()}
         with open(os.path.join(folder, INFO), "w", encoding="utf-8") as stream:
             json.dump(info | self._extra_info(), stream, indent=1)
-        for name, content in self._files().items():
+        for name, content in self.files().items():
             with open(os.path.join(folder, name), "wb") as stream:
                 stream.write(content)
 
     def identity(self) -> str:
         """Hash of everything that the ids depend on."""
         facts = json.dumps([self.kind, self.vocab_size, self.eos_id, self._extra_info()]).encode()
-        return hashlib.blake2b(b"\0".join([facts, *self._files().values()]), digest_size=16).hexdigest()
+        return hashlib.blake2b(b"\0".join([facts, *self.files().values()]), digest_size=16).hexdigest()
 
     def _extra_info(self) -> dict[str, Any]:
         return {}
 
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
+        """Its content by file name; those that other libraries read."""
         return {}
 
 
@@ -275,7 +276,7 @@ class JsonTokenizer(Tokenizer):
                 return False
         return True
 
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._content.encode()}
 
 
@@ -375,7 +376,7 @@ class SentencePieceTokenizer(Tokenizer):
             return UNKNOWN
         return b"" if self._library.is_control(id) else _metaspace_bytes(self._library.id_to_piece(id))
 
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._content}
 
 

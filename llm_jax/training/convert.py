@@ -7,9 +7,7 @@ of another name, is compared with its source, and only then gets the name that w
 import contextlib
 import dataclasses
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from llm_jax.config import (
     TransformerConfig,
 )
 from llm_jax.config.tasks import HEADS
-from llm_jax.convert import families, hub, peft, reference, rules, safetensors, source
+from llm_jax.convert import families, hub, peft, pieces, reference, rules, safetensors, source
 from llm_jax.convert.family import Family, function_of
 from llm_jax.convert.peft import Adapter
 from llm_jax.convert.progress import told
@@ -44,8 +42,9 @@ from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import adapters, checkpoint, convert_check, hub_files, restore, run_folder
 from llm_jax.training.arrays import by_path
+from llm_jax.training.new_folder import new_folder, refuse_existing
 from llm_jax.training.parameters import SavedParameters
-from llm_jax.training.streamed import StreamedCheckpoint, flush
+from llm_jax.training.streamed import StreamedCheckpoint
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -68,11 +67,11 @@ def from_hub(
     """Write the run folder `to` from a checkpoint of the hub.
 
     Args:
-      name: a path, or a name on the hub.
+      name: a path, or a name on the hub, as "owner/name" or "owner/name@revision".
       to: absolute path of the run's folder, which must not exist yet.
       overrides: "key=value" changes to the run's config, such as a mesh or `model.scan_layers`.
       dtype: of the parameters; None: the one that holds all of the source's tensors exactly.
-      revision: on the hub.
+      revision: of `name` on the hub; an adapter has its own ("owner/name@revision").
       adapter: path or name of an adapter as `peft` saves it, which the run has then too (`model.lora`).
       merge: add the adapter to the weights it changes instead; a tied head that it changes is untied.
       check: compare the logits in the end.
@@ -99,7 +98,7 @@ def from_hub(
     model = built(cfg, Layout())
     with new_folder(to) as folder:
         write_parameters(folder, model, tensors, moves, given)
-        hub_files.describe(folder, cfg, model, found, tensors, name)
+        hub_files.describe(folder, cfg, model, found, tensors, hub.split(name)[0])
         unproven = convert_check.NOT_ASKED
         if check:
             unproven = convert_check.of_import(folder, found, model, tensors, given, merge=merge, streamed=streamed)
@@ -187,10 +186,12 @@ def write_parameters(
     depths |= {path: depths[f"{path.rpartition('/')[0]}/kernel"] for path in beside}
     streamed = StreamedCheckpoint(folder / "arrays", shapes, depths)
     with told("reading", sum(tensor.nbytes for tensor in tensors.values())) as advance:
-        for move in sorted(moves, key=lambda move: (tensors[move.theirs[0]].file, tensors[move.theirs[0]].start)):
+        order = sorted(moves, key=lambda move: (tensors[move.theirs[0]].file, tensors[move.theirs[0]].start))
+        size = lambda move: sum(tensors[name].nbytes for name in move.theirs)  # noqa: E731
+        read = lambda move: [tensors[name].read() for name in move.theirs]  # noqa: E731
+        for move, arrays in pieces.ahead(order, read, size):
             theirs = [tensors[name] for name in move.theirs]
             origin = " and ".join(f"the tensor {tensor.name} in {tensor.file}" for tensor in theirs)
-            arrays = [tensor.read() for tensor in theirs]
             part = adapter.parts.get(move.theirs[0].removesuffix(".weight")) if adapter else None
             if part is not None and beside:
                 for path, index, values in adapters.arrays_of(modules[part.module], part):
@@ -203,7 +204,7 @@ def write_parameters(
             for slot, values in zip(move.ours, ours, strict=True):
                 streamed.write(f"params/{slot.path}", slot.index, values, origin)
             del ours, values, arrays
-            advance(sum(tensor.nbytes for tensor in theirs), len(theirs))
+            advance(size(move), len(theirs))
     streamed.finish(folder, step=0)
 
 
@@ -340,33 +341,3 @@ def cast(values: np.ndarray, tensor: Planned) -> np.ndarray:
 def refuse_several(command: str) -> None:
     if jax.process_count() > 1:
         raise UserError(f"{command} runs as one process: start it on one machine, without the others")
-
-
-def refuse_existing(to: str) -> None:
-    if os.path.lexists(to):
-        raise UserError(f"--to={to}: it exists already; give a new folder, nothing is overwritten")
-
-
-@contextlib.contextmanager
-def new_folder(to: str) -> Iterator[Path]:
-    """A folder beside `to` that gets its name when all has gone well, and goes when anything has not.
-
-    It lies in one of a name that nobody else has: other conversions, and what the user keeps there, stay as they are.
-    """
-    parent, name = os.path.split(to)
-    try:
-        os.makedirs(parent or ".", exist_ok=True)
-        around = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=parent or "."))
-    except OSError as error:
-        raise UserError(f"--to={to}: nothing can be written there ({error.strerror})") from None
-    try:
-        folder = around / name
-        folder.mkdir()  # with the usual permissions: mkdtemp's are its owner's alone
-        yield folder
-        flush(folder)
-        refuse_existing(to)
-        os.rename(folder, to)
-    except OSError as error:
-        raise UserError(f"--to={to}: it could not be written ({error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(around, ignore_errors=True)

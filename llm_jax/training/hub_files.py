@@ -110,14 +110,14 @@ def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
     for name in source.BESIDE if beside else ():
         if name != "config.json" and (beside / name).is_file():
             copy(beside / name, folder / name)
-    for name, content in tokenizer._files().items():
+    for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
     eos = tokenizer.eos_id
     if not (folder / "generation_config.json").exists():
         special = {} if eos is None else {"eos_token_id": eos}
         run_folder.write_json(folder / "generation_config.json", {"_from_model_config": True} | special)
     if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        special = {} if eos is None else {"eos_token": tokenizer._added[eos].content}
+        special = {"eos_token": name for name, id in tokenizer.special_ids.items() if id == eos}
         run_folder.write_json(
             folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special
         )

@@ -29,6 +29,7 @@ from llm_jax.training import convert, hub_files, restore
 from llm_jax.training.heads import origins
 
 HUB = "hf:"
+NAMED = 12  # parameters that a sentence names
 
 
 def adopt(cfg: Config, given: Collection[str] | None = None) -> Config:
@@ -124,28 +125,78 @@ def start_from(name: str, params: Any, cfg: Config, workdir: str = "") -> tuple[
     Raises:
       DataError: the checkpoint lacks parameters that are not the head's, or has them in another shape.
     """
-    found = source.open_folder(hub.folder_of(name.removeprefix(HUB), None))
-    tensors = found.tensors()
-    theirs = registry.build(under_their_head(cfg.model, found.cfg), Layout(), Precision.make(cfg.precision))
-    moves = convert.moves_of(found.family, found.cfg.vocab_size, theirs, tensors)
-    source.check_names(found, tensors, moves)
-    shapes = convert.by_path(theirs.shapes())
-    fresh = convert.by_path(params)
-    sources = origins(fresh, shapes, str(found.folder))
+    begin = Beginning.of(name, convert.by_path(params), cfg)
+    tensors = begin.found.tensors()
     parts = collections.defaultdict(list)
-    for move in moves:
+    for move in begin.moves:
         for path in {slot.path for slot in move.ours}:
             parts[path].append(move)
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
-        origin = sources.get(path_name(path))
+        origin = begin.origins.get(path_name(path))
         return leaf if origin is None else read(origin, parts[origin], tensors, leaf)
 
     params = jax.tree_util.tree_map_with_path(one, params)
     if workdir:
-        there = name.removeprefix(HUB)
-        distributed.on_main(lambda: hub_files.keep_beside(Path(workdir), found, tensors, there))
-    return params, told(name, sources, fresh, sorted(set(shapes) - set(sources.values())))
+        there = hub.split(name.removeprefix(HUB))[0]
+        distributed.on_main(lambda: hub_files.keep_beside(Path(workdir), begin.found, tensors, there))
+    return params, begin.told
+
+
+def preview(cfg: Config, shapes: Any) -> list[str]:
+    """For `train --dry_run`: what `start_from` would take over and leave out. Reads no weights but their headers.
+
+    Args:
+      shapes: of the run's parameters, a tree of ShapeDtypeStruct.
+
+    Raises: as `start_from`.
+    """
+    name = cfg.checkpoint.init_from
+    return [Beginning.of(name, convert.by_path(shapes), cfg).told] if name.startswith(HUB) else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What of a checkpoint of the hub goes where.
+
+    Attributes:
+      found: the checkpoint.
+      moves: between its tensors and the parameters of its own model, as we would have it.
+      origins: {path here: path there} of the parameters that are taken over.
+      told: one sentence for the reader.
+    """
+
+    found: source.Source
+    moves: list[Move]
+    origins: dict[str, str]
+    told: str
+
+    @staticmethod
+    def of(name: str, ours: Mapping[str, Any], cfg: Config) -> "Beginning":
+        """`ours`: the run's parameters by path, or their shapes."""
+        found = source.open_folder(hub.folder_of(name.removeprefix(HUB), None))
+        tensors = found.tensors()
+        theirs = registry.build(under_their_head(cfg.model, found.cfg), Layout(), Precision.make(cfg.precision))
+        try:
+            moves = convert.moves_of(found.family, found.cfg.vocab_size, theirs, tensors)
+        except ValueError as error:  # the table cannot cover what the config has beside
+            raise ConfigError(f"model: {name} is another model than this config's ({error}); leave the keys of model "
+                              "out of the config, and they are taken from there") from None  # fmt: skip
+        source.check_names(found, tensors, moves)
+        sources = origins(ours, convert.by_path(theirs.shapes()), str(found.folder))
+        taken = set(sources.values())
+        left = [move for move in moves if taken.isdisjoint(slot.path for slot in move.ours)]
+        lines = [f"begins at step 0 with {len(sources)} parameters of {name}"]
+        if fresh := sorted(path for path in ours if path not in sources):
+            lines.append(f"fresh: {some(fresh)}")
+        if left:
+            lines.append(f"not taken over: {some([theirs for move in left for theirs in move.theirs])}")
+        return Beginning(found, moves, sources, "; ".join([*lines, *found.left_out()]))
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def read(path: str, moves: Sequence[Move], tensors: Mapping[str, Tensor], like: jax.Array) -> jax.Array:
@@ -177,10 +228,3 @@ def under_head(theirs: Any, head: str) -> Any:
     default = type(theirs)()
     unread = {name: getattr(default, name) for name, heads in READ_BY.items() if head not in heads}
     return dataclasses.replace(theirs, head=head, **unread)
-
-
-def told(name: str, sources: Mapping[str, str], fresh: Mapping[str, Any], dropped: list[str]) -> str:
-    new = sorted(path for path in fresh if path not in sources)
-    text = f"begins at step 0 with {len(sources)} parameters of {name}"
-    text += f"; fresh: {', '.join(new)}" if new else ""
-    return text + (f"; not taken over: {', '.join(dropped)}" if dropped else "")

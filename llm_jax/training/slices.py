@@ -36,6 +36,7 @@ class SavedArrays:
         self._state, self._arrays = path / "state", read_record(path)["arrays"]
         check_fit(path, self._arrays, shapes, partial=True)
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        self._workers = pieces.Workers()
         self._stores: dict[str, tensorstore.TensorStore] = {}
         self._sums: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {}
 
@@ -43,6 +44,7 @@ class SavedArrays:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._workers.close()
         if kind is None:
             self._check()
 
@@ -51,7 +53,7 @@ class SavedArrays:
         try:
             if path not in self._stores:
                 self._stores[path] = self._open(path, len(index))
-            found, first, second = _read(self._stores[path], index)
+            found, first, second = _read(self._stores[path], index, self._workers)
         except Exception as error:  # whatever tensorstore makes of files that are not what Orbax wrote
             reraise_if_environment(error)
             raise DamagedCheckpoint(f"{path} cannot be read ({root_cause(error)})") from error
@@ -81,12 +83,14 @@ class SavedArrays:
             raise DamagedCheckpoint(f"{some(different)} {'is' if len(different) == 1 else 'are'} not what was saved")
 
 
-def _read(store: tensorstore.TensorStore, index: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
+def _read(
+    store: tensorstore.TensorStore, index: tuple[int, ...], workers: pieces.Workers
+) -> tuple[np.ndarray, int, int]:
     """What lies at `index`, and its part of its array's two sums (see `fingerprint.py`)."""
     part, shape = store[index], store.shape[len(index) :]
     if not shape:
         part = part[tensorstore.newaxis]
-    found = np.empty(part.shape, store.dtype.numpy_dtype)
+    found = pieces.empty(part.shape, store.dtype.numpy_dtype)
     offset = int(np.ravel_multi_index(index, store.shape[: len(index)])) * found.size if index else 0
     rows = rows_of_chunks(found, store.chunk_layout.read_chunk.shape[len(index)] if shape else 1)
 
@@ -95,7 +99,7 @@ def _read(store: tensorstore.TensorStore, index: tuple[int, ...]) -> tuple[np.nd
         tensorstore.array(block, copy=False, write=True).write(part[start : start + len(block)]).result()
         return sums(block, offset + start * math.prod(shape[1:]))[:2]
 
-    both = pieces.each(read_rows, range(0, len(found), rows))
+    both = workers.each(read_rows, range(0, len(found), rows))
     return found.reshape(shape), sum(first for first, _ in both), sum(second for _, second in both)
 
 

@@ -49,6 +49,7 @@ class StreamedCheckpoint:
         self, staging: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], depths: Mapping[str, int]
     ):
         self.staging, self.shapes, self.depths = staging, dict(shapes), dict(depths)
+        self._workers = pieces.Workers()
         self._written = {path: Written() for path in self.shapes}
         for path in self.shapes:
             self._create(path)
@@ -84,17 +85,30 @@ class StreamedCheckpoint:
 
         def write_rows(start: int) -> tuple[int, int, bool, int]:
             stop = min(start + rows, room[0])
-            block = block_of(values, start, stop, room, dtype)
+            block = self._block(values, start, stop, room, dtype)
             found = sums(block, offset + start * math.prod(room[1:]))
             self._write_chunk(path, (*index, start // rows, *(0,) * (len(room) - 1)), rows, block)
             return *found, block.size
 
-        for first, second, finite, count in pieces.each(write_rows, range(0, room[0], rows)):
+        for first, second, finite, count in self._workers.each(write_rows, range(0, room[0], rows)):
             if not finite:
                 raise DataError(f"{source} holds numbers that are not finite: it is damaged, or its training failed")
             written.first += first
             written.second += second
             written.count += count
+
+    def _block(
+        self, values: np.ndarray, start: int, stop: int, room: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray:
+        """Rows `start` to `stop` of `values`, zeros where it has none, contiguous."""
+        part, shape = values[start:stop], (stop - start, *room[1:])
+        if part.shape == shape and part.flags.c_contiguous and part.dtype == dtype:
+            return part
+        block = self._workers.scratch(shape, dtype)
+        if part.shape != shape:
+            block[...] = 0
+        pieces.fill(block[tuple(slice(size) for size in part.shape)], part)
+        return block
 
     def _write_chunk(self, path: str, number: tuple[int, ...], rows: int, block: np.ndarray) -> None:
         """One file: a chunk's bytes as they are in memory, filled up to its `rows` (zarr 3, codec "bytes")."""
@@ -109,6 +123,7 @@ class StreamedCheckpoint:
 
         Raises ValueError where something was never written.
         """
+        self._workers.close()
         lost = [path for path, written in self._written.items() if written.count != math.prod(self.shapes[path].shape)]
         if lost:
             raise ValueError(f"these were not written once and whole: {lost}")
@@ -145,17 +160,6 @@ def chunk_shape(shape: tuple[int, ...], depth: int, itemsize: int) -> list[int]:
     room = shape[depth:]
     rows = max(CHUNK_BYTES // (math.prod(room[1:]) * itemsize), 1)
     return [*(1,) * depth, min(rows, room[0]), *room[1:]]
-
-
-def block_of(values: np.ndarray, start: int, stop: int, room: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Rows `start` to `stop` of `values`, zeros where it has none, contiguous."""
-    part = values[start:stop]
-    if part.shape == (stop - start, *room[1:]) and part.flags.c_contiguous and part.dtype == dtype:
-        return part
-    full = (stop - start, *room[1:])
-    block = np.empty(full, dtype) if part.shape == full else np.zeros(full, dtype)
-    pieces.fill(block[tuple(slice(size) for size in part.shape)], part)
-    return block
 
 
 def sums(block: np.ndarray, offset: int) -> tuple[int, int, bool]:

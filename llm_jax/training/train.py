@@ -347,6 +347,7 @@ def describe(cfg: Config) -> str:
             f"mesh: {mesh} ({layout.num_devices} devices)",
             f"memory a device: {sharding.bytes_a_device(state) / 2**20:,.1f} MiB of state and "
             f"{gradient / 2**20:,.1f} MiB of gradients, activations not counted",
+            *pretrained.preview(cfg, model.shapes()),
         ]
     )
 
