@@ -1,6 +1,7 @@
 """Fine-tuning sentence embeddings: texts that belong together come to lie together.
 
 Command    llm-jax train --config=bert/finetune_similarity --config.init_from=hf:PATH --config.data.path=pairs.jsonl
+           llm-jax predict --workdir=runs/bert_similarity --input=texts.jsonl --embeddings
 Data       {"text": ..., "pair": ...}, and with data.columns.negative a third text that is unlike. Every text of the
            batch is told from the pairs of all others, over all devices: a larger batch is a harder and better task.
 Hardware   one GPU or TPU chip, minutes
