@@ -1,11 +1,12 @@
 """The whole equivalence matrix: every mesh with every combination, against one device in float64.
 
-    python -m benchmarks.equivalence [--jobs=2] [--only=TEXT] [--results=FILE] [--table=FILE]
+    python -m benchmarks.equivalence [--parts=NAME,NAME] [--jobs=2] [--only=TEXT] [--results=FILE] [--table=FILE]
 
-`tests/equivalence.py` says what a cell is and how it is compared; the tests run a covering array of the same cells.
-Each worker is a process with eight fake CPU devices. A finished cell is a line of the results file (JSON), with a hash
-of the code that it ran: a run that was stopped goes on where it stood, and cells of other code are run again. At the
-end the table is written from all lines of the present code. About 45 minutes on one free core.
+`tests/equivalence.py` and `tests/encoder_cells.py` say what a cell is and how it is compared; the tests run a covering
+array of the same cells. Each worker is a process with eight fake CPU devices. A finished cell is a line of the results
+file (JSON), with a hash of the code that it ran: a run that was stopped goes on where it stood, and cells of other code
+are run again. At the end the table is written from all lines of the present code; it has three parts (`matrix`,
+`families`, `encoders`), and those that were not asked for stay as they are. About an hour on one free core.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ os.environ.setdefault("NPROC", "8")  # XLA's CPU collectives need a thread for e
 
 import jax  # noqa: E402
 import rich.progress  # noqa: E402
+from encoder_cells import CELLS, EncoderCell, measure_encoder  # noqa: E402
 from equivalence import (  # noqa: E402
     DEVICES,
     FAMILIES,
@@ -50,6 +53,7 @@ CELLS_A_WORKER = 60  # then a new process: compiled programs are never given bac
 CODE = (
     "llm_jax/config", "llm_jax/kernels", "llm_jax/models", "llm_jax/objectives", "llm_jax/sharding.py",
     "llm_jax/precision.py", "llm_jax/rng.py", "llm_jax/training/step.py", "tests/equivalence.py", "tests/tiny.py",
+    "tests/encoder_cells.py", "tests/tiny_encoders.py",
 )  # fmt: skip
 
 
@@ -76,10 +80,10 @@ def prepare_worker() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def run(cell: Cell) -> dict[str, Any]:
+def run(cell: Cell | EncoderCell) -> dict[str, Any]:
     """The cell's record, in a worker."""
     try:
-        found = measure(cell)
+        found = measure_encoder(cell) if isinstance(cell, EncoderCell) else measure(cell)
         record = dataclasses.asdict(found) | {"passed": found.equal}
     except Exception as error:  # a crash is a result: the others go on
         record = {"passed": False, "error": f"{type(error).__name__}: {error}"[:2000]}
@@ -180,19 +184,42 @@ Cell by cell: `=` equal, `x` not equal, `-` refused, `.` not run.
 {grid}
 ```
 
+{versions}
+"""
+
+FAMILY_TABLE = """\
 ## Families
 
-On each mesh one cell of every family's own layers (`FAMILIES` of `tests/equivalence.py`), the other levels by turns.
+On each mesh one cell of every family's own layers (`FAMILIES` of `tests/equivalence.py`), the other levels by turns:
+packed or not, accumulation 1 or 4, scanned or not, all logits or in chunks. Pipelines have 8 to 26 layers, of one round
+or two. The largest error of a gradient:
 
 | mesh | {families} |
 |---|{lines}
-{family_rows}
+{rows}
 
-jax {jax}, Python {python[0]}.{python[1]}.
+{versions}
+"""
+
+ENCODER_TABLE = """\
+## Encoders
+
+BERT with masked tokens and pairs of texts, and what each cell names besides (`tests/encoder_cells.py`): packed texts,
+dropout where it is named, one micro-batch or two, against one plain program on one device in float64.
+
+| cell | error of a loss | of a gradient |
+|---|---|---|
+{rows}
+
+{versions}
 """
 
 
-def text(records: dict[str, dict[str, Any]]) -> str:
+def versions() -> str:
+    return f"jax {jax.__version__}, Python {sys.version_info[0]}.{sys.version_info[1]}."
+
+
+def matrix_text(records: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each mesh, its 32 combinations summed up."""
     cells, notes = product(), Notes()
     by_mesh = {mesh: [cell for cell in cells if cell.mesh == mesh] for mesh in MESHES}
@@ -216,11 +243,7 @@ def text(records: dict[str, dict[str, Any]]) -> str:
         table="\n".join(rows),
         grid="\n".join(grid(by_mesh, records)),
         notes="\n".join([*notes.lines(), *failures(found)]),
-        families=" | ".join(FAMILIES),
-        lines="---|" * len(FAMILIES),
-        family_rows="\n".join(family_rows(records)),
-        jax=jax.__version__,
-        python=sys.version_info,
+        versions=versions(),
     )
 
 
@@ -250,15 +273,27 @@ def row(mesh: tuple[str, ...], cells: list[Cell], records: dict[str, dict[str, A
     return f"| {' | '.join(values)} |"
 
 
-def family_rows(records: dict[str, dict[str, Any]]) -> list[str]:
+def figure(cell: Cell | EncoderCell, records: dict[str, dict[str, Any]], name: str) -> str:
+    record = records.get(str(cell))
+    return "not run" if record is None else f"{record[name]:.1e}" if record["passed"] else "not equal"
+
+
+def families_text(records: dict[str, dict[str, Any]]) -> str:
     """For each mesh the error of the gradient in each family's cell."""
+    rows = []
+    for cells in zip(*map(family_cells, FAMILIES), strict=True):
+        errors = [figure(cell, records, "gradient_error") for cell in cells]
+        rows.append(f"| {' x '.join(cells[0].mesh)} | {' | '.join(errors)} |")
+    families, lines = " | ".join(FAMILIES), "---|" * len(FAMILIES)
+    return FAMILY_TABLE.format(families=families, lines=lines, rows="\n".join(rows), versions=versions())
 
-    def of_cell(cell: Cell) -> str:
-        record = records.get(str(cell))
-        return "not run" if record is None else f"{record['gradient_error']:.1e}" if record["passed"] else "not equal"
 
-    together = zip(*map(family_cells, FAMILIES), strict=True)
-    return [f"| {' x '.join(cells[0].mesh)} | {' | '.join(map(of_cell, cells))} |" for cells in together]
+def encoders_text(records: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for cell in map(EncoderCell, CELLS):
+        errors = [figure(cell, records, name) for name in ("loss_error", "gradient_error")]
+        rows.append(f"| {cell.name} | {' | '.join(errors)} |")
+    return ENCODER_TABLE.format(rows="\n".join(rows), versions=versions())
 
 
 def grid(by_mesh: dict[tuple[str, ...], list[Cell]], records: dict[str, dict[str, Any]]) -> list[str]:
@@ -295,25 +330,52 @@ def failures(found: list[dict[str, Any]]) -> list[str]:
     return ["Not equal:", "", *lines, ""] if lines else []
 
 
+def matrix_cells() -> list[Cell]:
+    """Those that are not refused; the tests' come first, which have all pairs of levels."""
+    allowed = [cell for cell in product() if not refusal(cell)]
+    return list(dict.fromkeys([*covering_array(allowed), *allowed]))
+
+
+# The table's parts: what each begins with, its cells, its text.
+PARTS: dict[str, tuple[str, Callable[[], list[Any]], Callable[..., str]]] = {
+    "matrix": ("# ", matrix_cells, matrix_text),
+    "families": ("## Families", lambda: [cell for name in FAMILIES for cell in family_cells(name)], families_text),
+    "encoders": ("## Encoders", lambda: list(map(EncoderCell, CELLS)), encoders_text),
+}
+
+
+def write_table(path: Path, records: dict[str, dict[str, Any]], chosen: list[str]) -> None:
+    """The table with `chosen` parts of these records, and the others as they stand there."""
+    present = path.read_text(encoding="utf-8") if path.exists() else ""
+    pieces = re.split(r"^(?=# |## )", present, flags=re.MULTILINE)
+    found = []
+    for name, (start, _, text) in PARTS.items():
+        kept = next((piece for piece in pieces if piece.startswith(start)), "")
+        found.append(text(records) if name in chosen else kept)
+    path.write_text("\n".join(f"{piece.rstrip()}\n" for piece in found if piece), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="worker processes; one keeps about one core busy")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of the table, to be run and written")
     parser.add_argument("--only", default="", help='cells whose name has this text, such as "ring 2 x tensor 4"')
     parser.add_argument("--results", type=Path, default=ROOT / "runs/equivalence.jsonl", help="finished cells")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks/equivalence.md", help="where the table goes")
     args = parser.parse_args()
 
-    code = code_version()
-    allowed = [cell for cell in product() if not refusal(cell)]
-    ordered = list(dict.fromkeys([*covering_array(allowed), *allowed]))  # all pairs of levels first
-    ordered += [cell for name in FAMILIES for cell in family_cells(name)]
+    code, chosen = code_version(), args.parts.split(",")
+    if wrong := set(chosen) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(wrong))} is none of {', '.join(PARTS)}")
+    ordered = [cell for name in chosen for cell in PARTS[name][1]()]
     records = read(args.results, code)
     waiting = [cell for cell in ordered if args.only in str(cell) and str(cell) not in records]
     run_all(waiting, args.results, code, args.jobs)
     records = read(args.results, code)
-    args.table.write_text(text(records), encoding="utf-8")
-    failed = sum(not record["passed"] for record in records.values())
-    print(f"{len(records)} of {len(ordered)} cells were run, {failed} are not equal; the table is {args.table}")
+    write_table(args.table, records, chosen)
+    done = [records[str(cell)] for cell in ordered if str(cell) in records]
+    failed = sum(not record["passed"] for record in done)
+    print(f"{len(done)} of {len(ordered)} cells were run, {failed} are not equal; the table is {args.table}")
     sys.exit(1 if failed else 0)
 
 
