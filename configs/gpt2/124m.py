@@ -20,7 +20,14 @@ def get_config(arg: str = "fineweb") -> ConfigDict:
     cfg = ConfigDict(
         dict(
             name=f"gpt2_124m_{arg}",
-            model=dict(vocab_size=50_257, num_layers=12, num_heads=12, embed_dim=768, max_length=1024),
+            model=dict(
+                vocab_size=50_257,
+                num_layers=12,
+                num_heads=12,
+                embed_dim=768,
+                max_length=1024,
+                scan_layers=False,  # a loop would copy all that the backward pass needs into arrays of 12 layers
+            ),
             data=dict(
                 path="train.bin",
                 validation_path="val.bin",
