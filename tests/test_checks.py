@@ -9,6 +9,9 @@ from llm_jax.errors import ConfigError
 from llm_jax.training.restore import fitted, splits_evenly
 
 BASE = ("train.steps=100",)
+# Four periods of six layers, and two more.
+PERIOD = "window,window,window,window,window,full"
+GEMMA_3 = ("model.num_layers=26", "model.sliding_window=8", f"model.layer_pattern={PERIOD}")
 
 
 def message_of(function, *args) -> str:
@@ -135,6 +138,8 @@ REFUSED = [
     (["mesh.across_slices=data=2,data=2"], ["mesh.across_slices = 'data=2'", "at most once"]),
     (["mesh.across_slices=data=4", "mesh.data=6"], ["mesh.across_slices = 'data=4'", "mesh.data = 6", "multiple of 4"]),
     (["mesh.stage=3"], ["mesh.stage = 3", "model.num_layers = 4", "2, 4"]),
+    ([*GEMMA_3, "mesh.stage=5"], ["mesh.stage = 5", "num_layers = 26, less the 2 that every stage computes,", "2, 4"]),
+    ([*GEMMA_3, "mesh.stage=8"], ["model.layer_pattern = 'window,", "8 pieces", "3 layers each", "a multiple of 6"]),
     (["mesh.stage=2", "model.scan_layers=false"], ["model.scan_layers = False", "mesh.stage = 2"]),
     (["mesh.stage_repeats=2"], ["mesh.stage_repeats = 2", "mesh.stage is 1"]),
     (["mesh.stage_microbatches=2"], ["mesh.stage_microbatches = 2", "train.accumulation"]),
@@ -161,6 +166,7 @@ def test_refused_with_key_value_reason_and_fix(overrides, words):
     "overrides",
     [
         ["model.embed_dim=130", "model.head_dim=32"],
+        [*GEMMA_3, "mesh.stage=4"],
         ["model.num_kv_heads=2"],
         ["model.rope.fraction=0.25"],
         ["model.rope.scaling=linear", "model.rope.factor=4"],

@@ -107,10 +107,15 @@ def test_the_loop_over_layers_is_a_plain_loop(words, period):
     np.testing.assert_array_equal(found["own"], [one["own"] for one in plain])
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich", "output", "parallel"])
-def test_scanned_layers_are_those_applied_one_by_one(x64, placement):
+@pytest.mark.parametrize(
+    "keys",
+    [*(dict(norm_placement=placement) for placement in ("pre", "post", "sandwich", "output", "parallel")),
+     dict(lora=dict(rank=2)), dict(moe=EXPERTS, num_layers=6)],
+    ids=str,
+)  # fmt: skip
+def test_scanned_layers_are_those_applied_one_by_one(x64, keys):
     """Logits and gradients, with packed rows."""
-    cfg = decoder(norm_placement=placement, **MIXED)
+    cfg = decoder(**MIXED | keys)
     params, batch = numbers(build(cfg, dtype="float64")), packed(3, 12)
     value, gradient = value_and_gradient(cfg, params, batch)
     single = dataclasses.replace(cfg, scan_layers=False)

@@ -79,11 +79,10 @@ class Segment:
 
 
 def segments(cfg: TransformerConfig) -> tuple[Segment, ...]:
-    """The stacks of a model that scans its layers.
+    """The stacks of a model that scans its layers, in order.
 
-    "blocks" has as many layers as whole periods of the kinds have. "first_blocks" before it has those with parameters
-    of other names or shapes. "last_blocks" behind it has those that begin one more period: to cut them off a stack
-    of all would copy its parameters in every step.
+    "first_blocks" has the layers with parameters of other names or shapes, "blocks" whole periods of the kinds, and
+    "last_blocks" what begins one more period: to cut it off a stack of all, every step would copy the parameters.
     """
     kinds, first = layer_kinds(cfg), first_layers(cfg)
     others = kinds[first:]

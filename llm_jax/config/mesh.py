@@ -2,7 +2,7 @@
 
 import math
 
-from llm_jax.config.kinds import LayerKind, periods, segments
+from llm_jax.config.kinds import periods, segments
 from llm_jax.config.pipeline import check_pipeline
 from llm_jax.config.schema import Config, MeshConfig, TransformerConfig
 from llm_jax.config.tasks import row_lengths
@@ -125,19 +125,20 @@ def check_stage_axis(cfg: Config, sizes: dict[str, int]) -> None:
     if -1 in shards:  # this rest cannot be told yet: any number of rows would do
         shards, rows = [1], microbatches
     kinds = next((segment.kinds for segment in segments(cfg.model) if segment.name == "blocks"), ())
-    others = cfg.model.num_layers - len(kinds)
-    check_pipeline(len(kinds), stages, mesh.stage_repeats, microbatches, rows, math.prod(shards), others)
-    check_stage_pattern(cfg.model, kinds, stages * mesh.stage_repeats)
-    parts = math.prod(shards) * microbatches
+    others, period = cfg.model.num_layers - len(kinds), periods(kinds)[0] if kinds else 1
+    parts = math.prod(shards)
+    check_pipeline(len(kinds), stages, mesh.stage_repeats, microbatches, rows, parts, others=others, period=period)
+    check_stage_pattern(cfg.model, len(kinds), period, stages * mesh.stage_repeats)
+    parts *= microbatches
     if stages > 1 and cfg.eval.batch_size % parts:
         reason = f"it does not split into {parts} equal parts: {microbatches} pieces on each part of the batch"
         fix = f"give {nearest_multiples(cfg.eval.batch_size, parts)}, or 0 for a micro-batch"
         raise refuse("eval.batch_size", cfg.eval.batch_size, reason, fix)
 
 
-def check_stage_pattern(model: TransformerConfig, kinds: tuple[LayerKind, ...], pieces: int) -> None:
-    """One program computes all stages, so their layers are of the same kinds. `kinds`: of the pipeline's layers."""
-    depth, period = len(kinds) // pieces, periods(kinds)[0] if kinds else 1
+def check_stage_pattern(model: TransformerConfig, layers: int, period: int, pieces: int) -> None:
+    """One program computes all stages, so their layers are of the same kinds. `layers`: of the pipeline."""
+    depth = layers // pieces
     if pieces > 1 and depth % period:
         reason = f"the {pieces} pieces of a pipeline, {depth} layers each, must all have the same kinds in one order"
         fix = f"choose mesh.stage and mesh.stage_repeats so that a piece has a multiple of {period} layers"

@@ -4,7 +4,15 @@ from llm_jax.config.values import refuse
 
 
 def check_pipeline(
-    layers: int, stages: int, repeats: int, microbatches: int, rows: int, batch_shards: int, others: int = 0
+    layers: int,
+    stages: int,
+    repeats: int,
+    microbatches: int,
+    rows: int,
+    batch_shards: int,
+    *,
+    others: int = 0,
+    period: int = 1,
 ) -> None:
     """Refuse a pipeline that cannot run as asked.
 
@@ -15,6 +23,7 @@ def check_pipeline(
       rows: rows that one call of the model gets: the global batch over `train.accumulation`.
       batch_shards: into how many pieces the mesh splits those rows.
       others: layers before or behind the pipeline, which every stage computes.
+      period: of the layers' kinds: what is advised has a multiple of it in each stage.
 
     Raises:
       ConfigError: key, value, reason, fix.
@@ -31,7 +40,7 @@ def check_pipeline(
         reason = f"model.num_layers = {layers + others}{beside} does not split into stages of equal depth"
         if repeats > 1:
             reason += f", {repeats} times round (mesh.stage_repeats)"
-        fits = [size for size in range(2, layers // repeats + 1) if layers % (size * repeats) == 0]
+        fits = [size for size in range(2, layers // repeats + 1) if layers % (size * repeats * period) == 0]
         fix = f"give one of {', '.join(map(str, fits))}" if fits else "set mesh.stage_repeats=1, or mesh.stage=1"
         raise refuse("mesh.stage", stages, reason, fix)
     if repeats > 1 and microbatches < stages:
