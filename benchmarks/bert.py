@@ -201,7 +201,8 @@ def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
 
 def pretraining(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """From scratch on docstrings: how far masked and pair accuracy rise above chance."""
-    overrides = [f"train.steps={arguments.pretrain_steps}", f"data.masking.phases={arguments.pretrain_steps // 2}=64"]
+    steps = arguments.pretrain_steps
+    overrides = [f"train.steps={steps}", f"data.masking.phases={4 * steps // 5}=32", "eval.every=0"]
     cfg = config.load("bert/pretrain:tiny", [*overrides, "checkpoint.every=0", "log.trackers="])
     config.check(cfg)
     workdir = folder / "pretrain"
