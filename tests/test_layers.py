@@ -12,7 +12,7 @@ from tiny import QUICK, build, decoder, mesh_layout
 from llm_jax.config import from_dict
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.elementwise import gelu, normalize
-from llm_jax.models.layers import Embedding, Linear, Norm, dropout
+from llm_jax.models.layers import Embedding, Linear, Norm, dropout, product
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 
@@ -264,3 +264,19 @@ def test_the_same_start_on_every_mesh():
         made = jax.jit(model.init, out_shardings=shardings, compiler_options=QUICK)(key)
         for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_products_of_heads_are_those_of_their_numbers_side_by_side(x64, platform):
+    """On a TPU heads stay apart: the product, its gradients and an adapter's are the same numbers."""
+    layout = Layout(platform=platform)
+    x, w, v = jnp.asarray(normal(1, 2, 3, 6)), jnp.asarray(normal(2, 6, 8)), jnp.asarray(normal(3, 8, 6))
+
+    def through(x, w, v):
+        heads = product(x, w.reshape(6, 4, 2), layout)
+        assert heads.shape == (2, 3, 4, 2)
+        return (product(heads, v.reshape(4, 2, 6), layout, over=2) ** 2).sum()
+
+    found = jax.value_and_grad(through, (0, 1, 2))(x, w, v)
+    expected = jax.value_and_grad(lambda x, w, v: ((x @ w @ v) ** 2).sum(), (0, 1, 2))(x, w, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)

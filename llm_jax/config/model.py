@@ -14,7 +14,7 @@ from llm_jax.config.schema import (
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
 # What `model.remat_save` may name: the tensors of a block that the backward pass can find kept.
-TENSOR_NAMES = ("layer_input", "query", "key", "value", "attention", "mlp_gate", "mlp_up")
+TENSOR_NAMES = ("layer_input", "query", "key", "value", "attention", "attention_output", "mlp_gate", "mlp_up")
 GATED = ("swiglu", "geglu", "geglu_erf", "clamped_swiglu")
 NEEDS_LATENT = ("query_rank", "rope_dim", "value_dim")
 

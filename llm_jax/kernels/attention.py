@@ -132,6 +132,7 @@ class Kernel:
       zigzag: it gives all devices equal work if rows are in `context.zigzag_order`, and goes by the mask's places.
       within: it hands whole rows to another kernel, of the selector's choice.
       own_value_size: values may be of another size than keys; the others get the smaller ones filled up with zeros.
+      names_output: remat knows its output by the name "attention", with what its backward pass reads beside it.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Kernel:
     zigzag: bool = False
     within: bool = False
     own_value_size: bool = False
+    names_output: bool = False
 
     def attend(
         self,
@@ -210,6 +212,7 @@ KERNELS = (  # "auto" takes the first that covers the request
         platforms=("tpu",),
         dtypes=("float32", "bfloat16"),
         lacks_shape=splash_lacks,
+        names_output=True,
         by_device=True,
     ),
     Kernel(

@@ -83,6 +83,7 @@ def _kernel(
             MultiHeadMask([mask] * heads),
             block_sizes=_block_sizes(length),
             attn_logits_soft_cap=softcap or None,
+            residual_checkpoint_name="attention",
             interpret=interpret,
         )
 

@@ -213,8 +213,7 @@ class Attention(nn.Module):
             query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=drop, sinks=sinks
         )
 
-        out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
-        out = out.reshape(*x.shape[:-1], heads * size)
+        out = self.layout(out, "batch", "length", "heads", "head_dim")
         return output_projection(cfg, self.layout, self.precision)(out)
 
     def _heads(self, name: str, heads: int, axis: str) -> Callable[[jax.Array], jax.Array]:
@@ -232,7 +231,7 @@ class Attention(nn.Module):
 
         def split(x: jax.Array) -> jax.Array:
             rows = ("batch", "length") if x.ndim == 3 else (None,)
-            return self.layout(project(x).reshape(*x.shape[:-1], heads, size), *rows, axis, "head_dim")
+            return self.layout(project(x, heads=heads), *rows, axis, "head_dim")
 
         return split
 
@@ -260,8 +259,8 @@ def attend_with(
     *,
     drop: functools.partial | None,
     cached: bool,
-) -> functools.partial:
-    """`attend(query, key, value, mask, **terms)` of the layer's back end, on its mesh."""
+) -> Callable[..., jax.Array]:
+    """`attend(query, key, value, mask, **terms)` of the layer's back end, on its mesh; remat knows what it returns."""
     kernel = choose_kernel(
         cfg,
         layout,
@@ -272,7 +271,12 @@ def attend_with(
         dropout=drop is not None,
         cache=cached,
     )
-    return functools.partial(kernel.attend, layout=layout)
+
+    def attend(*arrays: Any, **terms: Any) -> jax.Array:
+        out = kernel.attend(*arrays, layout=layout, **terms)
+        return out if kernel.names_output else checkpoint_name(out, "attention")
+
+    return attend
 
 
 def drop_probabilities(
@@ -306,7 +310,7 @@ def cached(module: nn.Module, new: dict[str, jax.Array], slots: jax.Array, cache
 
 
 def output_projection(cfg: TransformerConfig, layout: Layout, precision: Precision) -> Callable[[jax.Array], jax.Array]:
-    """W_O, with the scale of its output."""
+    """W_O over (B, T, N, H), with the scale of its output."""
     out = Linear(
         cfg.embed_dim,
         ("heads", "embed"),
@@ -316,4 +320,4 @@ def output_projection(cfg: TransformerConfig, layout: Layout, precision: Precisi
         use_bias=cfg.bias in ("all", "attention"),
         name="out",
     )
-    return lambda x: out(x) * cfg.attention_output_scale
+    return lambda x: checkpoint_name(out(x, over=2) * cfg.attention_output_scale, "attention_output")

@@ -74,8 +74,8 @@ class LatentAttention(nn.Module):
             key, value = self._heads(key_up(latent)), self._heads(value_up(latent))
             key_rope = jnp.broadcast_to(key_rope, (*key.shape[:-1], key_rope.shape[-1]))
             out = attend((query, query_rope), (key, key_rope), value, scale=scale)
-        out = checkpoint_name(self.layout(out, "batch", "length", "heads", "head_dim"), "attention")
-        return output_projection(cfg, self.layout, self.precision)(out.reshape(*x.shape[:-1], -1))
+        out = self.layout(out, "batch", "length", "heads", "head_dim")
+        return output_projection(cfg, self.layout, self.precision)(out)
 
     def _query(self, x: jax.Array) -> jax.Array:
         """(B, T, N, H), H with the part that will rotate at its end."""

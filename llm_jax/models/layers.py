@@ -53,7 +53,7 @@ def linear_init(cfg: TransformerConfig, *, residual: bool = False) -> nn.initial
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis: (B, T, in) to (B, T, out).
+    """y = x W + b: (B, T, in) to (B, T, out). Either may be laid out in heads, in = (N, H) or out = (N, H).
 
     With adapters, where the model's config asks for them by this layer's name, y = x W + b + s (x A) B.
     """
@@ -65,15 +65,24 @@ class Linear(nn.Module):
     precision: Precision
     use_bias: bool = False
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias, adapter = self._parameters(x.shape[-1], self._lora())
-        y = product(x, kernel.astype(x.dtype), self.layout, numbers=self.precision.products)
+    def __call__(self, x: jax.Array, *, over: int = 1, heads: int = 0) -> jax.Array:
+        """(B, T, in) to (B, T, out).
+
+        Args:
+          over: how many last axes of x are `in`: 2 where it is (N, H).
+          heads: N of out = (N, H); 0: out is one axis.
+        """
+        taken = x.shape[x.ndim - over :]
+        made = (heads, self.features // heads) if heads else (self.features,)
+        kernel, bias, adapter = self._parameters(math.prod(taken), self._lora())
+        kernel = kernel.astype(x.dtype).reshape(*taken, *made)
+        y = product(x, kernel, self.layout, over=over, numbers=self.precision.products)
         if adapter is not None:
             a, b = (matrix.astype(x.dtype) for matrix in adapter)
-            rows = ("batch", "length") if x.ndim == 3 else (None,) * (x.ndim - 1)
-            low = self.layout(product(x, a, self.layout), *rows, "adapter")
-            y = y + self._lora().scale * product(low, b, self.layout)
-        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+            rows = ("batch", "length") if x.ndim - over == 2 else (None,) * (x.ndim - over)
+            low = self.layout(product(x, a.reshape(*taken, -1), self.layout, over=over), *rows, "adapter")
+            y = y + self._lora().scale * product(low, b.reshape(-1, *made), self.layout)
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (x.ndim - over) + made)
 
     def weights(self, size: int) -> tuple[jax.Array, jax.Array | None]:
         """W (size, features), and b (features,) or None: of a layer that is used otherwise, and has no adapter."""
@@ -111,22 +120,28 @@ class Linear(nn.Module):
 
 
 def product(
-    x: jax.Array, matrix: jax.Array, layout: Layout, *, wide: bool = False, numbers: str = "native"
+    x: jax.Array, matrix: jax.Array, layout: Layout, *, over: int = 1, wide: bool = False, numbers: str = "native"
 ) -> jax.Array:
     """(B, T, in) times (in, out): (B, T, out) in the dtype of x, or with `wide` in at least float32, the dtype of the
-    product's own sums: logits need it. `numbers` as `Precision.products`.
+    product's own sums: logits need it. `in` is `over` axes, `out` any number. `numbers` as `Precision.products`.
 
-    Rows are put one behind the other where no mesh axis splits them: XLA:CPU has a fast path for plain matrix products
-    alone, in the backward pass too. Where one does, XLA would gather whole rows for it.
+    Axes are put together where no mesh axis splits rows: XLA:CPU has a fast path for plain matrix products alone, in
+    the backward pass too. Where one does, XLA would gather whole rows for it. On a TPU heads lie before tokens for
+    attention: putting (N, H) together there would copy them.
     """
+    rows, taken, made = x.shape[: x.ndim - over], matrix.shape[:over], matrix.shape[over:]
     whole_rows = layout.activation_pieces("length") == layout.activation_pieces("residual_length") == 1
-    flat = x.reshape(-1, x.shape[-1])
+    flat, plain = x.reshape(-1, math.prod(taken)), matrix.reshape(math.prod(taken), -1)
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
     if numbers != "native":
-        y = quantized_product(flat, matrix, numbers)
+        y = quantized_product(flat, plain, numbers)
+    elif layout.platform == "tpu" or not whole_rows:
+        # Behind the barrier XLA leaves the gradient's axes apart, as they come from attention, and copies nothing.
+        matrix = jax.lax.optimization_barrier(matrix) if matrix.ndim > 2 else matrix
+        y = jnp.tensordot(x, matrix, over, preferred_element_type=dtype)
     else:
-        dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
-        y = jnp.matmul(flat if whole_rows else x, matrix, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], matrix.shape[-1])
+        y = jnp.matmul(flat, plain, preferred_element_type=dtype)
+    return y.reshape(*rows, *made)
 
 
 class Norm(nn.Module):

@@ -87,10 +87,12 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
       angles: from `rotary_angles`.
     """
     cos, sin = angles
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(at_least_float32(x), [half, 2 * half], axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
-    return turned.astype(x.dtype)
+    turning = x[..., : 2 * cos.shape[-1]]
+    # Whole heads, and not halves of them: a TPU's registers are as wide as a head of 128.
+    other = jnp.concatenate(jnp.split(turning, 2, axis=-1)[::-1], -1)
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    turned = (at_least_float32(turning) * cos + at_least_float32(other) * sin).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., turning.shape[-1] :]], -1)
 
 
 def relative_bucket(distance: jax.Array, buckets: int, max_distance: int, *, causal: bool = True) -> jax.Array:
