@@ -19,7 +19,8 @@ QUERIES = ("layer_input", "query", "key", "value")
 REMAT: tuple[Changes, ...] = (
     {"model.remat": "full", "model.remat_save": ()},
     {"model.remat": "names", "model.remat_save": QUERIES},
-    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "mlp_up", "mlp_gate")},
+    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output")},
+    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", "mlp_up", "mlp_gate")},
     {"model.remat": "dots", "model.remat_save": ()},
     {"model.remat": "none", "model.remat_save": ()},
 )

@@ -24,7 +24,6 @@ WEIGHT = 2  # bytes of a number in the compute dtype, bfloat16
 MATRIX = {"v4": 0.80, "v5e": 0.84, "v5p": 0.79, "v6e": 0.25, "tpu7x": 0.72}
 HIDDEN = {"v4": 0.0, "v5p": 0.0, "tpu7x": 0.5, "v5e": 0.8, "v6e": 0.5}  # of the weights' gathering; GPUs: 0.6
 GPU_HIDDEN = 0.6
-LANES = 128  # of a TPU's vector registers
 PASSES = {"tpu": 140.0, "gpu": 60.0}  # times that a layer's activations go through memory
 PASSES_EXPERTS = 2.4  # as many again: rows are sorted, copied and put back
 PASSES_SAVED = 6.0  # and what is kept for the backward pass: stacked, read back
@@ -87,14 +86,14 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     """Numbers a token and layer that the backward pass finds kept, by name. "=host" names are left out."""
     stream, up = size.width / size.residual, size.mlp * size.rows
     names = {"layer_input": stream, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-             "mlp_up": up, "mlp_gate": up * size.gated}  # fmt: skip
+             "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated}  # fmt: skip
     if model.remat == "names":
         return {"layer_input": stream} | {name: names[name] for name in model.remat_save if name in names}
     if model.remat == "full":
         return {"layer_input": stream}
     if model.remat in ("dots", "dots_no_batch"):
         dots = {name: names[name] for name in ("layer_input", "query", "key", "value", "mlp_up", "mlp_gate")}
-        return dots | {"attention_out": stream}
+        return dots | {"attention_output": stream}
     rotated = (size.heads + size.kv) * (model.positions == "rotary")
     inside = {"norms": 4 * stream, "middle": stream, "rotated": rotated, "hidden": up * (3 if size.gated else 5)}
     return names | inside
@@ -150,7 +149,7 @@ def item_bytes(setting: Setting) -> int:
 def host_bytes(setting: Setting, size: Sizes) -> float:
     """Saved tensors that wait in the host's memory, and offloaded optimizer state."""
     names = {"layer_input": size.width, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-             "mlp_up": size.mlp, "mlp_gate": size.mlp}  # fmt: skip
+             "attention_output": size.width, "mlp_up": size.mlp, "mlp_gate": size.mlp}  # fmt: skip
     host = [name.removesuffix("=host") for name in setting.cfg.model.remat_save if name.endswith("=host")]
     saved = sum(names.get(name, 0) for name in host) * size.tokens * size.layers * item_bytes(setting)
     waiting = [leaf for leaf in jax.tree.leaves(setting.state.opt_state) if leaf.sharding.memory_kind == HOST_MEMORY]
@@ -193,6 +192,7 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     again_up = 0.0
     if model.remat == "names":
         saved = {name.removesuffix("=host") for name in model.remat_save}
+        again -= out if "attention_output" in saved else 0.0
         again += 0.0 if {"query", "key", "value"} <= saved else qkv
         again_up = 0.0 if "mlp_up" in saved and ("mlp_gate" in saved or not size.gated) else up
     elif model.remat == "full":
@@ -207,7 +207,8 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     backward = (
         3.5 if setting.machine.hardware.tpu else 2.5
     )  # times the forward's: queries' and keys' gradients apart, or not
-    kernels = once * (1 if model.remat == "none" else 2), once * backward
+    own = setting.machine.hardware.tpu and "attention" in model.remat_save and model.remat == "names"
+    kernels = once * (1 if model.remat == "none" or own else 2), once * backward
     return {"dense": dense, "experts": tokens * size.layers * mlp if experts else 0.0}, kernels
 
 
@@ -231,9 +232,7 @@ def network(setting: Setting, size: Sizes, constants: Constants, found: Times) -
     turns = size.micro * (setting.layout.stage_microbatches if setting.layout.stages > 1 else 1)
     hidden = HIDDEN.get(setting.machine.hardware.name, GPU_HIDDEN)
     if setting.mesh["fsdp"] > 1:
-        # TPU programs gather pieces narrower than a vector register by a sum over arrays of zeros: twice the bytes.
-        narrow = setting.machine.hardware.tpu and size.width // setting.mesh["fsdp"] < LANES
-        add(found, on, constants, "all-gather", ("fsdp",), 2 * turns * weights * (1 + narrow), hidden, busy)
+        add(found, on, constants, "all-gather", ("fsdp",), 2 * turns * weights, hidden, busy)
         add(found, on, constants, "reduce-scatter", ("fsdp",), turns * weights, hidden / 2, busy)
     if setting.mesh["data"] > 1:
         shard = weights / setting.mesh["fsdp"]
