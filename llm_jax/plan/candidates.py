@@ -45,8 +45,9 @@ def candidates(cfg: Config, machine: Topology) -> Iterator[Candidate]:
         except UserError:
             continue
         own = cfg.train.global_batch_size // base.layout.batch_shards
-        for remat, pieces in itertools.product(REMAT, divisors(own)):
-            changes = mesh | remat | {"train.accumulation": pieces}
+        chunks = sorted({cfg.train.loss_chunk, 0})  # all logits at once are computed once
+        for remat, pieces, chunk in itertools.product(REMAT, divisors(own), chunks):
+            changes = mesh | remat | {"train.accumulation": pieces, "train.loss_chunk": chunk}
             if (candidate := weigh(base, changes)) is not None:
                 yield candidate
 
@@ -93,10 +94,11 @@ def across(data: int, fsdp: int, machine: Topology) -> tuple[str, ...]:
 
 def best(cfg: Config, machine: Topology, count: int) -> list[Candidate]:
     """The `count` fastest of those that fit, by arithmetic; no two with the same mesh and remat."""
+    pieces = ("train.accumulation", "train.loss_chunk")
     fitting = sorted((one for one in candidates(cfg, machine) if one.fits), key=lambda one: one.seconds)
     chosen: dict[tuple, Candidate] = {}
     for one in fitting:
-        kind = tuple(str(value) for key, value in one.changes.items() if key != "train.accumulation")
+        kind = tuple(str(value) for key, value in one.changes.items() if key not in pieces)
         chosen.setdefault(kind, one)
     return list(chosen.values())[:count]
 
