@@ -1,4 +1,4 @@
-"""LLaMA-2 7B on 64 chips of v5p, 256 rows of 2,048 a step, as `llm-jax plan --search` found it.
+"""LLaMA-2 7B on 64 chips of v5p, 256 rows of 2,048 a step: first of `llm-jax plan --search`.
 
 Command    llm-jax train --config=llama2/7b_v5p_64 --config.data.path='train_*.bin'
 Data       as configs/llama2/7b.py
