@@ -11,7 +11,7 @@ from llm_jax import cli, config
 from llm_jax.config import EvalConfig
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.metrics import read_jsonl
-from llm_jax.training import checkpoint, restore, train
+from llm_jax.training import checkpoint, report, restore, train
 from llm_jax.training.evaluate import Judge
 from llm_jax.training.heads import origins
 
@@ -286,3 +286,10 @@ def test_the_recipes_lack_nothing_but_a_checkpoint(name):
     config.check(config.override(cfg, ["data.tokenizer=tokenizer.json"]))
     short = config.load(name, ["init_from=hf:somewhere"])
     assert short.checkpoint.init_from == "hf:somewhere" and short.checkpoint.use == "best"
+
+
+@pytest.mark.parametrize("task, advised", [("language", ["generate"]), ("masked", []), ("tokens", ["predict"])])
+def test_the_last_words_advise_what_can_be_done(task, advised):
+    said = report.closing_block("runs/x", [], {}, "", task)
+    commands = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
+    assert commands == ["resume", *advised, "evaluate", "export"]

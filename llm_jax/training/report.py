@@ -11,6 +11,7 @@ import jax
 from llm_jax import metrics, sharding
 from llm_jax.config import Config
 from llm_jax.config.pipeline import bubble
+from llm_jax.config.schema import LABELLED_TASKS
 from llm_jax.errors import BadStepsError
 from llm_jax.models.flops import FORMULA, Flops
 from llm_jax.models.registry import Model, count_parameters
@@ -145,7 +146,9 @@ FIGURES = (  # of an encoder's tasks
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
 
 
-def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str) -> str:
+def closing_block(
+    workdir: str, history: list[dict[str, float]], yardsticks: dict[str, float], sample: str, task: str = "language"
+) -> str:
     """What a run says at its end: the loss curve, the yardsticks, a sample, where it is, what to type next.
 
     Args:
@@ -153,6 +156,7 @@ def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dic
       history: all records of the run.
       yardsticks: bits per byte of other models on the same held-out bytes, by their name in the store's manifest.
       sample: text from the trained model; "" for none.
+      task: data.task.
     """
     command = os.environ.get("LLM_JAX_COMMAND", "llm-jax")  # launch/local.sh says how it was called
     parts = []
@@ -173,13 +177,15 @@ def closing_block(workdir: str, history: list[dict[str, float]], yardsticks: dic
         parts.append(line)
     if sample:
         parts.append(f"sampled text:\n{sample}")
-    use = f"  generate  {command} generate --workdir={workdir} --prompt='def '"
-    if last is not None and "eval/examples" in last:
-        use = f"  predict   {command} predict --workdir={workdir} --input=FILE.jsonl"
+    use = ""
+    if task == "language":
+        use = f"  generate  {command} generate --workdir={workdir} --prompt='def '\n"
+    elif task in LABELLED_TASKS:
+        use = f"  predict   {command} predict --workdir={workdir} --input=FILE.jsonl\n"
     parts.append(
         f"The run is in {workdir}\n"
         f"  resume    {command} train --config={workdir}/config.json --workdir={workdir} --config.train.steps=N\n"
-        f"{use}\n"
+        f"{use}"
         f"  evaluate  {command} evaluate --workdir={workdir}\n"
         f"  export    {command} export --workdir={workdir} --to={workdir}/export"
     )

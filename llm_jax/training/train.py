@@ -325,7 +325,7 @@ def finish(run: Run, state: TrainState) -> None:
         whole = cfg.eval.sampling == "sequential" and not cfg.eval.batches
         if not whole or yardsticks.get("bytes") != yardsticks.get("all_bytes"):
             yardsticks = {}  # measured on other bytes than the evaluation
-        print(report.closing_block(run.workdir, history, yardsticks, sample), flush=True)
+        print(report.closing_block(run.workdir, history, yardsticks, sample, cfg.data.task), flush=True)
 
 
 def describe(cfg: Config) -> str:
