@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", default="12,32")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch")
     args = parser.parse_args()
-    print("| rows | nanoGPT, ms | ours, ms | tokens/s, ours | ours over nanoGPT's speed |\n| --- | --- | --- | --- | --- |")
+    print("| rows | nanoGPT, ms | ours, ms | tokens/s, ours | ours over nanoGPT's speed |\n" + "| --- " * 5 + "|")
     with tempfile.TemporaryDirectory() as folder:
         for rows in map(int, args.rows.split(",")):
             peer, mine = theirs(args.torch_python, args.nanogpt, rows), ours(rows, Path(folder))

@@ -9,7 +9,6 @@ the card, in a process of its own so that peak memory starts from nothing (bench
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CARD = dict(os.environ)  # of the processes that run steps
-os.environ["JAX_PLATFORMS"] = "cpu"  # this one would keep most of the card's memory
+import jax
 
 from llm_jax.config import load
 from llm_jax.plan.compile import Job
@@ -82,7 +80,7 @@ def run(name: str, spec: tuple[str, ...], folder: Path) -> dict[str, Any] | None
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.measured", str(result), spec[0], *spec[1:], *ROWS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=CARD)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name}: {done.stderr[-1500:]}", file=sys.stderr, flush=True)
         return None
@@ -95,6 +93,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="numbers of settings, from 1, with commas; all where left out")
     parser.add_argument("--card", default="", help="by hardware.py's name; found by JAX where left out")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # a process that has the card keeps most of its memory
 
     chosen = [int(number) - 1 for number in args.only.split(",") if number] or range(len(SETTINGS))
     specs = [list(SETTINGS.items())[number] for number in chosen]
@@ -102,7 +101,7 @@ def main() -> None:
     machine = topology(f"{card}:1x1")
     settings = [make_setting(load(config, (*overrides, *ROWS)), machine) for _, (config, *overrides) in specs]
     jobs = [Job(setting) for setting in settings]
-    while not all([job.poll() for job in jobs]):  # before the card is used: a compiler may hold memory of it
+    while not all([job.poll() for job in jobs]):
         time.sleep(0.2)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,16 +114,14 @@ def main() -> None:
     if not pairs:
         raise SystemExit("no setting could be measured")
     print(f"\n{pairs[0].measured['device']}, jax {pairs[0].measured['jax']}\n\n{table(pairs)}")
-    figures = {
-        pair.name: pair.measured | {"predicted_seconds": pair.predicted.times.total} for pair in pairs
-    }
+    figures = {pair.name: pair.measured | {"predicted_seconds": pair.predicted.times.total} for pair in pairs}
     args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def name_of_card() -> str:
     """In a process of its own: one that has the card keeps most of its memory."""
     command = [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"]
-    kind = subprocess.run(command, capture_output=True, text=True, check=True, env=CARD).stdout.strip()
+    kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found = [name for name, hardware in HARDWARE.items() if hardware.kind == kind]
     if not found:
         raise SystemExit(f"no card {kind!r} is described in llm_jax/plan/hardware.py")
