@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import TransformerConfig
+from llm_jax.config.kinds import segments
 from llm_jax.models.attention import head_dim, num_kv_heads
 from llm_jax.plan.cost import GPU, TPU, Constants, Moved, Times
 from llm_jax.plan.estimate import Estimate
@@ -62,7 +63,7 @@ def sizes(setting: Setting) -> Sizes:
     return Sizes(
         tokens=setting.tokens / split / cfg.train.accumulation,
         micro=cfg.train.accumulation,
-        layers=model.num_layers / layout.stages,
+        layers=sum(len(s.kinds) / (layout.stages if s.name == "blocks" else 1) for s in segments(model)),
         width=model.embed_dim,
         mlp=(model.mlp_dim or 4 * model.embed_dim) / mesh["tensor"],
         heads=model.num_heads * head_dim(model) / mesh["tensor"],
