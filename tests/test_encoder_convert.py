@@ -39,7 +39,7 @@ def assert_same_bits(found, expected):
         assert found[name].tobytes() == array.tobytes(), name
 
 
-QUICKLY = ("BertForPreTraining", "DebertaV2ForMaskedLM", "ModernBertForTokenClassification")
+QUICKLY = ("BertForPreTraining", "DebertaV2ForMaskedLM")
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in hub_encoders.CASES if name not in QUICKLY]
 
 

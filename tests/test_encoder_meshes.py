@@ -3,7 +3,7 @@
 import pytest
 from encoder_cells import CELLS, EncoderCell, measure_encoder
 
-ALWAYS = ("data, tensor, dropout, micro-batches", "tensor, ring", "DeBERTa, fsdp, tensor")
+ALWAYS = ("tensor, ring",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ALWAYS)) for n in CELLS])
