@@ -51,7 +51,8 @@ def measure(config: str, overrides: list[str]) -> dict[str, Any]:
     check(cfg)
     layout = sharding.make_layout(cfg.mesh)
     began = time.monotonic()
-    compiled = lower_step(cfg, layout).compile(compiler_options=compiler_options(jax.default_backend()))
+    options = compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
+    compiled = lower_step(cfg, layout).compile(compiler_options=options)
     compiled_after = time.monotonic() - began
 
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))

@@ -5,8 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_jax.backend import ONE_ARENA_ABOVE, activation_bytes, cache_folder, compile_cache_folder
+from llm_jax.backend import (
+    FUSION_MEMORY,
+    ONE_ARENA_ABOVE,
+    activation_bytes,
+    cache_folder,
+    compile_cache_folder,
+    compiler_options,
+)
 from llm_jax.config import load
+from llm_jax.plan.hardware import HARDWARE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,3 +74,9 @@ def test_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_JAX_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "llm_jax"
+
+
+def test_a_tpus_fusions_may_take_more_memory_where_its_size_is_known():
+    assert compiler_options("tpu", "TPU v5") == {"xla_tpu_scoped_vmem_limit_kib": "49152"}
+    assert compiler_options("tpu", "TPU v4") == compiler_options("gpu", "NVIDIA H100 80GB HBM3") == {}
+    assert all(any(kind == one.kind for one in HARDWARE.values()) for kind in FUSION_MEMORY)

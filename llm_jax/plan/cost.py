@@ -209,12 +209,14 @@ class Walk:
         flops = instruction_flops(self.program, one, name)
         if one.opcode == "custom-call" and not flops:
             return self.kernel(one, name)
-        seconds = self.tpu_seconds(one) if self.machine.hardware.tpu else self.gpu_seconds(one, name, flops)
+        seconds = self.tpu_seconds(one, flops) if self.machine.hardware.tpu else self.gpu_seconds(one, name, flops)
         kind = "matrix" if flops else "memory"
         return Times(**{kind: seconds}, flops=flops, cycles=one.cycles)
 
-    def tpu_seconds(self, one: Instruction) -> float:
-        return one.cycles / self.machine.hardware.clock * self.constants.cycles
+    def tpu_seconds(self, one: Instruction, flops: float) -> float:
+        """By the compiler's cycles, and by the peak where it is more hopeful than that."""
+        hardware = self.machine.hardware
+        return max(one.cycles / hardware.clock * self.constants.cycles, flops / hardware.flops)
 
     def gpu_seconds(self, one: Instruction, name: str, flops: float) -> float:
         hardware, constants = self.machine.hardware, self.constants

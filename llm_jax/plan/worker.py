@@ -51,7 +51,7 @@ def compile_step(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     lowered = lower_step(cfg, layout)
     lowered_after = time.monotonic() - began
-    options = compiler_options(devices[0].platform) | request["options"]
+    options = compiler_options(devices[0].platform, devices[0].device_kind) | request["options"]
     result = {
         "places": [place(device) for device in layout.mesh.devices.flat],
         "kind": devices[0].device_kind,

@@ -275,7 +275,7 @@ def compile_step(train_step: Any, state: TrainState, batch: Any, run: Run) -> An
         compiled = executable.load(run.executable, lowered, executable.fingerprint(run.cfg, jax.devices(), batch))
         run.out.say(f"loaded the step from {run.executable} in {time.monotonic() - began:.1f} s")
         return compiled
-    options = compiler_options(jax.default_backend())
+    options = compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
     with warnings.catch_warnings():
         if options:  # programs with oneDNN's products cannot be written into the compile cache
             warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
