@@ -3,9 +3,9 @@
 Command    llm-jax train --config=llama2/7b_v5p_64 --config.data.path='train_*.bin'
 Data       as configs/llama2/7b.py
 Hardware   one slice v5p:4x4x4 (v5p-128); 26 GiB of a chip's memory are taken
-Hours      1.21 s a step predicted: 54 days for the paper's 2T tokens
+Hours      1.03 s a step predicted: 46 days for the paper's 2T tokens
 Expected   as configs/llama2/7b.py
-Source     llm-jax plan --search --topology=v5p:4x4x4; full remat takes 1.39 s by the same model
+Source     llm-jax plan --search --topology=v5p:4x4x4; launch/planning.md has what others take by the same model
 """
 
 from ml_collections import ConfigDict
