@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from llm_jax import cli, errors
+from llm_jax import cli, commands, errors
 from llm_jax.config import from_dict, load
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,7 +33,7 @@ def stub(monkeypatch):
         monkeypatch.setattr(sys.modules[package] if package in sys.modules else __import__(package, fromlist=["x"]),
                             leaf, module, raising=False)  # fmt: skip
 
-    monkeypatch.setattr(cli, "start", lambda cfg=None: None)
+    monkeypatch.setattr(commands, "start", lambda cfg=None: None)
     return put
 
 

@@ -16,6 +16,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # From the top down; a module may import what stands in a lower row, and its own package.
 ROWS = (
     ("cli",),
+    ("arguments",),
+    ("commands",),
     ("plan", "doctor"),
     ("training",),
     ("objectives", "generation", "convert"),
@@ -34,7 +36,7 @@ TRAINING_ROWS = (
 TRAINING_ROW = {name: row for row, names in enumerate(TRAINING_ROWS) for name in names}
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "torch", "ml_collections"}
-WITHOUT_JAX = ("__init__", "cli", "doctor", "backend", "errors", "config")
+WITHOUT_JAX = ("__init__", "cli", "arguments", "commands", "doctor", "backend", "errors", "config")
 
 
 def unit(path: Path) -> str:

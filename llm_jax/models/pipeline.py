@@ -8,6 +8,7 @@ it) is a collective-permute between neighbours, forward and backward.
 Sources: GPipe (arXiv 1811.06965); circular, or interleaved, stages (arXiv 2104.04473, section 2.2).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -74,65 +75,97 @@ def pipeline(
     if len(x) % microbatches:
         sizes = f"the {microbatches} micro-batches of mesh.stage_microbatches"
         raise ValueError(f"{len(x)} rows do not split into {sizes}.")
-    turns = repeats * microbatches  # of each stage; the loop has S - 1 more
-    depth = len(jax.tree.leaves(params)[0]) // (stages * repeats)
+    plan = _Schedule(stages, repeats, microbatches, layout)
     first = jax.tree.map(lambda p: jax.eval_shape(lambda p: p[0], p), (params, keys))
     routing = jax.eval_shape(
         lambda layer, x, shared: block(kinds[0], layer[0], x, layer[1], shared)[1], first, x, shared
     )
+    run = _stage(block, kinds[: len(kinds) // (stages * repeats)], batched, policy, plan)
+    weights = jax.tree.map(lambda p: _to_stages(p, stages, repeats, layout), (params, keys))
+    loop = functools.partial(_turn, run, weights, jax.tree.map(plan.copies, shared, batched), plan)
 
-    def on_stages(a: jax.Array, rows: bool = True) -> jax.Array:
+    # Statistics travel with their rows.
+    store = x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), routing)
+    store = plan.constrain(jax.tree.map(plan.copies, store), "stage", None)
+    start = jax.tree.map(lambda a: jax.lax.stop_gradient(a[:, 0]), store)  # rows of which no layer makes NaN
+    (_, store), _ = jax.lax.scan(loop, (start, store), jnp.arange(plan.turns + stages - 1))
+    # A masked sum: one all-reduce of the results, where a slice would gather every stage's.
+    done = jax.tree.map(lambda a: jax.lax.reduce_sum(jnp.where(plan.at_first(a), a, 0), (0,)), store)
+    x, routing = plan.constrain(jax.tree.map(_undeal, plan.constrain(done, None)))
+    return x, routing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """S stages, R rounds and M micro-batches, and how their arrays lie on the mesh."""
+
+    stages: int
+    repeats: int
+    microbatches: int
+    layout: Layout
+
+    @property
+    def turns(self) -> int:
+        """Of each stage; the loop has S - 1 more."""
+        return self.repeats * self.microbatches
+
+    def at_first(self, a: jax.Array) -> jax.Array:
+        """(S, 1, ...) bool, of the rank of `a`: true on the first stage."""
+        return (jnp.arange(self.stages) == 0).reshape(-1, *(1,) * (a.ndim - 1))
+
+    def copies(self, a: jax.Array, rows: bool = True) -> jax.Array:
         """A copy for each stage, whose gradients meet once, after the loop: (S, M, b, ...), without rows (S, ...)."""
-        a = _deal(a, microbatches) if rows else a
-        a = jnp.broadcast_to(a[None], (stages, *a.shape))
-        return _split(a, layout, "stage", None, "batch") if rows else _split(a, layout, "stage")
+        a = _deal(a, self.microbatches) if rows else a
+        a = jnp.broadcast_to(a[None], (self.stages, *a.shape))
+        return _split(a, self.layout, "stage", None, "batch") if rows else _split(a, self.layout, "stage")
 
-    def constrain(rows: Any, *lead: str | None) -> Any:
+    def constrain(self, rows: Any, *lead: str | None) -> Any:
         x, total = rows
-        x = layout(x, *lead, "batch", "residual_length", "embed")
-        return x, jax.tree.map(lambda a: _split(a, layout, *lead, "batch"), total)
+        x = self.layout(x, *lead, "batch", "residual_length", "embed")
+        return x, jax.tree.map(lambda a: _split(a, self.layout, *lead, "batch"), total)
+
+
+def _stage(
+    block: Block, kinds: Sequence[LayerKind], batched: Any, policy: Policy | None, plan: _Schedule
+) -> Callable[..., Any]:
+    """`run(weights, read, rows, turn)`: what all stages compute in one turn. `kinds`: of the layers of a piece."""
 
     def run(weights: Any, read: Any, rows: Any, turn: jax.Array) -> Any:
-        """The layers of one stage in one turn. Without the stage axis, which vmap hides."""
-        turn = jnp.clip(turn, 0, turns - 1)
-        own = jax.tree.map(lambda p: _piece(p, turn // microbatches, depth), weights)
-        seen = jax.tree.map(lambda a, rows: _piece(a, turn % microbatches)[0] if rows else a, read, batched)
+        """The layers of one stage. Without the stage axis, which vmap hides."""
+        turn = jnp.clip(turn, 0, plan.turns - 1)
+        own = jax.tree.map(lambda p: _piece(p, turn // plan.microbatches, len(kinds)), weights)
+        seen = jax.tree.map(lambda a, rows: _piece(a, turn % plan.microbatches)[0] if rows else a, read, batched)
 
         def layer(kind: LayerKind, rows: Any, params_and_key: Any) -> tuple[Any, None]:
             (x, total), (params, key) = rows, params_and_key
             x, routing = block(kind, params, checkpoint_name(x, "layer_input"), key, seen)
             return (x, jax.tree.map(jnp.add, total, routing)), None
 
-        return over_layers(layer, kinds[:depth], rows, own)[0]
+        return over_layers(layer, kinds, rows, own)[0]
 
-    if repeats > 1:  # else the pieces of the parameters would be kept for each turn
+    if plan.repeats > 1:  # else the pieces of the parameters would be kept for each turn
         run = jax.checkpoint(run, policy=_without_pieces(policy), prevent_cse=False)
-    run = jax.vmap(run, spmd_axis_name="stage")
-    weights = jax.tree.map(lambda p: _to_stages(p, stages, repeats, layout), (params, keys))
-    read = jax.tree.map(on_stages, shared, batched)
-    number = jnp.arange(stages)
-    at_first = lambda a: (number == 0).reshape(-1, *(1,) * (a.ndim - 1))  # noqa: E731
+    return jax.vmap(run, spmd_axis_name="stage")
 
-    def loop(carry: Any, turn: jax.Array) -> tuple[Any, None]:
-        rows, store = carry  # (S, b, ...) at hand; (S, M, b, ...), of which the first stage's holds what waits
-        entering, store = _take(store, turn % microbatches, turn < turns)
-        rows = jax.tree.map(lambda a, new: jnp.where(at_first(a), new, a), rows, entering)
-        rows = constrain(run(weights, read, constrain(rows, "stage"), turn - number), "stage")
-        rows = constrain(jax.tree.map(_hand_over, rows), "stage")
-        # Until something leaves the last stage, what arrives is put where nothing waits any more.
-        arrived = jnp.where(turn >= stages - 1, turn - (stages - 1), turn)
-        store = jax.tree.map(lambda a, new: _put(a, new, arrived % microbatches), store, rows)
-        return (rows, constrain(store, "stage", None)), None
 
-    # Statistics travel with their rows.
-    store = x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), routing)
-    store = constrain(jax.tree.map(on_stages, store), "stage", None)
-    start = jax.tree.map(lambda a: jax.lax.stop_gradient(a[:, 0]), store)  # rows of which no layer makes NaN
-    (_, store), _ = jax.lax.scan(loop, (start, store), jnp.arange(turns + stages - 1))
-    # A masked sum: one all-reduce of the results, where a slice would gather every stage's.
-    done = jax.tree.map(lambda a: jax.lax.reduce_sum(jnp.where(at_first(a), a, 0), (0,)), store)
-    x, routing = constrain(jax.tree.map(_undeal, constrain(done, None)))
-    return x, routing
+def _turn(
+    run: Callable[..., Any], weights: Any, read: Any, plan: _Schedule, carry: Any, turn: jax.Array
+) -> tuple[Any, None]:
+    """All stages compute once and hand their rows over.
+
+    Args:
+      carry: the rows at hand, (S, b, ...), and a store (S, M, b, ...) of which the first stage's holds what waits.
+    """
+    rows, store = carry
+    last = plan.stages - 1
+    entering, store = _take(store, turn % plan.microbatches, turn < plan.turns)
+    rows = jax.tree.map(lambda a, new: jnp.where(plan.at_first(a), new, a), rows, entering)
+    rows = run(weights, read, plan.constrain(rows, "stage"), turn - jnp.arange(plan.stages))
+    rows = plan.constrain(jax.tree.map(_hand_over, plan.constrain(rows, "stage")), "stage")
+    # Until something leaves the last stage, what arrives is put where nothing waits any more.
+    arrived = jnp.where(turn >= last, turn - last, turn)
+    store = jax.tree.map(lambda a, new: _put(a, new, arrived % plan.microbatches), store, rows)
+    return (rows, plan.constrain(store, "stage", None)), None
 
 
 # ------------------------------------------------------------------------------------------------ micro-batches
