@@ -8,6 +8,7 @@ and backward pass, bfloat16. A back end that declares that it lacks something ha
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def make_mask(causal: bool, segments: bool, window: int, rows: int, length: int)
     ids = np.searchsorted(ends, np.arange(length), side="right") + 1
     ids = np.broadcast_to(np.where(ids > 3, 0, ids), (rows, length)).astype(np.int32)
     found = causal_mask(length, jnp.asarray(ids) if segments else None, window)
-    return found if causal else AttentionMask(**(vars(found) | {"causal": False}))
+    return dataclasses.replace(found, causal=causal)
 
 
 def forward_backward(attend: Callable[..., jax.Array], mask: AttentionMask) -> Callable[..., tuple]:

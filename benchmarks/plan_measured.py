@@ -1,6 +1,6 @@
 """What `llm-jax plan` predicts for settings of one GPU beside what they take on it.
 
-    python -m benchmarks.plan_measured --json=OUT [--only=NAME,...]
+    python -m benchmarks.plan_measured --json=OUT [--only=N,...]
 
 Each setting is compiled from shapes alone for the card by name, as on a machine without it, and its step is then run on
 the card, in a process of its own so that peak memory starts from nothing (benchmarks/measured.py).
@@ -26,12 +26,12 @@ from llm_jax.plan.setting import make_setting
 
 ROWS = ("mesh.fsdp=1", "mesh.data=1", "checkpoint.every=0")
 SETTINGS = {
-    "GPT-2 124M, 32 rows of 1,024": (
-        "gpt2/124m:openwebtext", "train.global_batch_size=32", "train.accumulation=1",
+    "GPT-2 124M, 32 rows of 1,024, layers in a loop": (
+        "gpt2/124m:openwebtext", "train.global_batch_size=32", "train.accumulation=1", "model.scan_layers=True",
     ),
     "the same, 4 documents a row": (
-        "gpt2/124m:openwebtext", "train.global_batch_size=32", "train.accumulation=1", "data.mask_documents=True",
-        "data.packing=concat",
+        "gpt2/124m:openwebtext", "train.global_batch_size=32", "train.accumulation=1", "model.scan_layers=True",
+        "data.mask_documents=True", "data.packing=concat",
     ),
     "LLaMA-2 7B's width, 8 layers, 4 rows of 4,096, remat dots": (
         "llama2/7b", "model.num_layers=8", "train.global_batch_size=4", "train.accumulation=1", "model.remat=dots",

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        if choice:
+        if choice and message.startswith("argument COMMAND"):
             names = re.findall(r"[\w-]+", choice[2])
             close = did_you_mean(choice[1], names, f"the commands are {', '.join(names)}")
             raise UserError(f"{self.prog} has no command {choice[1]}; {close}")

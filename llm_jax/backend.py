@@ -108,7 +108,7 @@ def activation_bytes(cfg: Config) -> int:
 
 # KiB of a TPU's vector memory that one fusion may take, by the device's kind. The compiler's own limit is 16 MiB; with
 # these its estimated cycles of a LLaMA layer's products are a fifth less. v6e and tpu7x: as in their published recipes;
-# v5p: the most with which it compiles.
+# v5p: the most with which it compiles. LIBTPU_INIT_ARGS may say another.
 FUSION_MEMORY = {"TPU v5": 49_152, "TPU v6 lite": 98_304, "TPU7x": 65_536}
 
 
@@ -121,8 +121,9 @@ def compiler_options(platform: str, kind: str) -> dict[str, bool | str | int]:
     """
     import jax
 
-    if platform == "tpu" and kind in FUSION_MEMORY:
-        return {"xla_tpu_scoped_vmem_limit_kib": str(FUSION_MEMORY[kind])}
+    limit = "xla_tpu_scoped_vmem_limit_kib"
+    if platform == "tpu" and kind in FUSION_MEMORY and limit not in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return {limit: str(FUSION_MEMORY[kind])}
     if platform != "cpu" or jax.__version_info__ < (0, 12):
         return {}
     return {

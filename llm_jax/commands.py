@@ -6,6 +6,7 @@ Nothing heavy is imported until a command needs it: the refusal of a flag or a k
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -142,7 +143,7 @@ def check_sides(args: argparse.Namespace) -> None:
         raise UserError("--adapter=PATH: say which adapter is to be taken along")
     if not into_run and isinstance(args.adapter, str):
         raise UserError(f"--adapter={args.adapter}: on the way to hf: it is the run's own; give --adapter alone")
-    if args.shard_gb <= 0:
+    if not 0 < args.shard_gb < math.inf:
         raise UserError(f"--shard_gb={args.shard_gb:g}: give a size above 0")
 
 
@@ -152,8 +153,9 @@ def plan_command(args: argparse.Namespace) -> int:
     if not args.topology:
         raise UserError("plan needs --topology=NAME:SIZES, for example v5p:4x4x4, v5e:16x16 or h100:16x8")
     for name in ("price", "tokens"):
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name}={getattr(args, name):g}: give a number above 0")
+    check_plan_flags(args)
     if args.candidates < 1:
         raise UserError(f"--candidates={args.candidates}: give at least 1")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the machine planned for is another one
@@ -170,6 +172,18 @@ def plan_command(args: argparse.Namespace) -> int:
     else:
         print(plan_config(args, machine, read_config(args)))
     return 0
+
+
+def check_plan_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that another form of plan alone reads."""
+    whole = not (args.hlo or args.compare or args.quick or args.search)
+    belongs = {
+        "dump_hlo": (whole, "a plan that is compiled"), "save_executable": (whole, "a plan that is compiled"),
+        "write_config": (args.search, "--search"), "mesh": (args.hlo, "--hlo"),
+    }  # fmt: skip
+    for name, (fits, what) in belongs.items():
+        if getattr(args, name) and not fits:
+            raise UserError(f"--{name}={getattr(args, name)}: it is for {what}; leave it out here")
 
 
 def plan_config(args: argparse.Namespace, machine: Any, cfg: Config) -> str:

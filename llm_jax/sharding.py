@@ -99,6 +99,11 @@ class Layout:
     stage_repeats: int = 1
     platform: str = ""  # of the devices: cpu, gpu, tpu; "": this process's
 
+    @property
+    def runs_on(self) -> str:
+        """cpu, gpu or tpu: of the layout's devices, which need not be this machine's; else JAX's own."""
+        return self.platform or jax.default_backend()
+
     def spec(self, axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
         """The partition of an array with these logical axes (None: not split).
 

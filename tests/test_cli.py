@@ -295,3 +295,17 @@ def test_data_prepare_and_inspect_show_rows_of_a_text(tmp_path):
     result = llm_jax("data", "inspect", "--rows=2", *options, cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "row 0: 8 tokens" in result.stdout and "row 1: 8 tokens" in result.stdout and "row 2" not in result.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--quick", "--dump_hlo=x"], "--dump_hlo=x: it is for a plan that is compiled"),
+    (["--quick", "--write_config=x"], "--write_config=x: it is for --search"),
+    (["--search", "--mesh=data=2"], "--mesh=data=2: it is for --hlo"),
+    (["--quick", "--price=nan"], "--price=nan: give a number above 0"),
+])  # fmt: skip
+def test_flags_that_this_form_of_plan_does_not_read_are_refused(capsys, flags, words):
+    assert words in error_of(capsys, "plan", "--config=quickstart", "--topology=v5e:2x2", *flags)
+
+
+def test_a_value_that_a_flag_does_not_know_names_the_flag(capsys):
+    assert "--dtype" in error_of(capsys, "convert", "--from=hf:x", "--to=y", "--dtype=float7")

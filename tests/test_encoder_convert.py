@@ -11,7 +11,7 @@ from tiny import quick_compiler
 
 from llm_jax.convert import reference, torch_reference
 from llm_jax.errors import Unproven
-from llm_jax.training import convert, run_folder
+from llm_jax.training import convert, restore, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +78,21 @@ def test_norms_under_their_old_names_are_read(tmp_path):
     put_reference(source, "BertForPreTraining")
     convert.from_hub(str(source), str(tmp_path / "run"))  # which compares the logits
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), arrays)
+
+
+@pytest.mark.parametrize("labels, problem, task", [(1, None, "regression"), (3, None, "classification"),
+                                                  (3, "multi_label_classification", "multilabel")])  # fmt: skip
+def test_what_labels_a_classifier_gives_is_kept(labels, problem, task, tmp_path):
+    config, arrays = hub_encoders.stored("RobertaForSequenceClassification")
+    names = {str(i): f"LABEL_{i}" for i in range(labels)}
+    shape = arrays["classifier.out_proj.weight"].shape
+    arrays["classifier.out_proj.weight"] = np.ones((labels, shape[1]), np.float32)
+    arrays["classifier.out_proj.bias"] = np.ones(labels, np.float32)
+    values = config | {"id2label": names, "num_labels": labels} | ({"problem_type": problem} if problem else {})
+    with pytest.raises(Unproven):
+        convert.from_hub(str(hub_models.write(tmp_path / "source", values, arrays)), str(tmp_path / "run"), check=False)
+    assert restore.read_config(str(tmp_path / "run")).data.task == task
+    export(tmp_path / "run", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    told = {"regression": "regression", "multilabel": "multi_label_classification", "classification": None}
+    assert back.get("problem_type") == told[task] and len(back["id2label"]) == labels

@@ -43,3 +43,11 @@ def test_one_of_another_machine_is_told_and_a_folder_of_the_user_is_not_looked_a
     told = capsys.readouterr().err
     assert "run.partial-far is a half-made conversion, and stays: it is of process 7 on far" in told
     assert told.count("\n") == 1
+
+
+def test_what_is_not_ours_beside_the_target_is_left_alone(tmp_path):
+    (tmp_path / "run.partial-notes").write_text("mine")
+    (tmp_path / "run.partial-more").mkdir()
+    with new_folder(str(tmp_path / "run")) as folder:
+        (folder / "file").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial-more", "run.partial-notes"]

@@ -69,16 +69,16 @@ def started(folder, layout=None, *overrides):
     fresh = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), model.shapes())
     if layout:
         fresh = jax.device_put(fresh, layout.parameter_shardings(model.shapes(), model.axes()))
-    params, _ = pretrained.start_from(cfg.checkpoint.init_from, fresh, cfg)
+    params, told = pretrained.start_from(cfg.checkpoint.init_from, fresh, cfg)
     same = jax.tree.map(lambda a, b: (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding), params, fresh)
     assert all(jax.tree.leaves(same))
-    return params
+    return params, told
 
 
 @pytest.mark.parametrize("mesh", [None, dict(fsdp=2, tensor=2)])
 def test_an_untied_head_and_a_padded_vocabulary(tmp_path, mesh):
     folder = hub_models.checkpoint(tmp_path / "source", "GPT-2, head untied")  # 61 tokens
-    params = started(folder, mesh and mesh_layout(**mesh), "model.vocab_multiple=8")
+    params, _ = started(folder, mesh and mesh_layout(**mesh), "model.vocab_multiple=8")
     theirs = hub_models.read(folder)
     head, table = np.asarray(params["head"]["kernel"]), np.asarray(params["embedding"]["table"])
     assert head.shape == (32, 64) and table.shape == (64, 32)
@@ -113,15 +113,18 @@ def test_keys_that_make_it_another_model_are_refused(gpt2):
         started(gpt2, None, "model.qk_norm=head")
 
 
-def test_long_lists_of_names_are_cut():
-    assert pretrained.some([str(i) for i in range(14)]).endswith("10, 11 and 2 more")
+def test_what_computes_otherwise_than_it_was_trained_is_told(gpt2):
+    assert "trained with" not in started(gpt2, None)[1]
+    _, told = started(gpt2, None, "model.norm_eps=0.1", "model.dropout.attention=0.2")
+    assert "with model.norm_eps = 0.1, where it was trained with 1e-05" in told and "dropout" not in told
 
 
 def test_float64_is_not_rounded(tmp_path, x64):
     values, arrays = hub_models.stored("GPT-2, head untied")
     arrays = {name: array + np.float64(1e-12) for name, array in arrays.items()}
     folder = hub_models.write(tmp_path / "source", values, arrays, dtype="float64")
-    head = started(folder, None, "precision.params=float64", "precision.compute=float64")["head"]["kernel"]
+    params, _ = started(folder, None, "precision.params=float64", "precision.compute=float64")
+    head = params["head"]["kernel"]
     assert head.dtype == jnp.float64
     np.testing.assert_array_equal(head, arrays["lm_head.weight"].T)
 

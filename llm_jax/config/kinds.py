@@ -57,6 +57,8 @@ def periods(kinds: Sequence[Any]) -> list[int]:
 
 # The stacks of a model in their order, and the logical axis along which each one's parameters are stacked.
 STACK_AXES = {"first_blocks": "first_layers", "blocks": "layers", "last_blocks": "last_layers"}
+# All leading axes along which parameters of independent layers or experts are stacked.
+STACKING_AXES = (*STACK_AXES.values(), "expert")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,12 +64,30 @@ def check_task(cfg: Config) -> None:
 def row_lengths(data: DataConfig) -> Iterator[tuple[str, Any, int]]:
     """(key, its value, tokens) of every length that rows of a batch may have."""
     yield "data.sequence_length", data.sequence_length, data.sequence_length
+    for length in buckets(data):
+        yield "data.buckets", length, length
+    for steps, length in phases(data):
+        yield "data.masking.phases", f"{steps}={length}", length
+
+
+def buckets(data: DataConfig) -> list[int]:
+    """The lengths that rows of labelled texts may have, ascending, data.sequence_length being the last."""
     for entry in data.buckets:
-        if entry.strip().isdecimal():
-            yield "data.buckets", entry, int(entry)
+        if not entry.strip().isdecimal() or not 0 < int(entry) <= data.sequence_length:
+            reason = f"it is not a length from 1 to data.sequence_length = {data.sequence_length}"
+            raise refuse("data.buckets", entry, reason, "give lengths such as 32,64,128")
+    return sorted({*map(int, data.buckets), data.sequence_length})
+
+
+def phases(data: DataConfig) -> list[tuple[int, int]]:
+    """(steps, length) of each phase of masked rows; the last one, of data.sequence_length, has no end (0)."""
+    found = []
     for entry in data.masking.phases:
-        if (length := entry.partition("=")[2].strip()).isdecimal():
-            yield "data.masking.phases", entry, int(length)
+        steps, _, length = (part.strip() for part in entry.partition("="))
+        if not steps.isdecimal() or not length.isdecimal() or not int(steps) or int(length) < 8:
+            raise refuse("data.masking.phases", entry, "it is not STEPS=LENGTH", "write it as 900000=128")
+        found.append((int(steps), int(length)))
+    return [*found, (0, data.sequence_length)]
 
 
 def check_masking(cfg: Config) -> None:
@@ -81,14 +99,11 @@ def check_masking(cfg: Config) -> None:
         raise refuse("data.sequence_length", data.sequence_length, "no pair of texts fits", "give at least 8")
     if masking.phases and not cfg.train.steps:
         raise refuse("data.masking.phases", masking.phases, "phases are counted in steps", "set train.steps")
-    for entry in masking.phases:
-        steps, _, length = entry.partition("=")
-        if not steps.strip().isdecimal() or not length.strip().isdecimal() or not int(steps) or int(length) < 8:
-            raise refuse("data.masking.phases", entry, "it is not STEPS=LENGTH", "write it as 900000=128")
-        if int(length) > cfg.model.max_length:
+    for _, length in phases(data)[:-1]:
+        if length > cfg.model.max_length:
             reason = f"the model's longest context is model.max_length = {cfg.model.max_length}"
-            raise refuse("data.masking.phases", entry, reason, "give a shorter length")
-    if masking.phases and sum(int(entry.partition("=")[0]) for entry in masking.phases) >= cfg.train.steps:
+            raise refuse("data.masking.phases", masking.phases, reason, "give a shorter length")
+    if masking.phases and sum(steps for steps, _ in phases(data)) >= cfg.train.steps:
         reason = f"they leave none of train.steps = {cfg.train.steps} to data.sequence_length"
         raise refuse("data.masking.phases", masking.phases, reason, "shorten them, or leave the last one out")
 
@@ -101,10 +116,7 @@ def check_labelled(cfg: Config) -> None:
     if data.tokenizer in ("byte", "char", "bpe", "wordpiece", "none"):
         raise refuse("data.tokenizer", data.tokenizer, f"data.task = {task!r} goes on with an encoder's own tokenizer",
                      "give its tokenizer.json, or checkpoint.init_from=hf:PATH, which brings it along")  # fmt: skip
-    for entry in data.buckets:
-        if not entry.strip().isdecimal() or not 0 < int(entry) <= data.sequence_length:
-            reason = f"it is not a length from 1 to data.sequence_length = {data.sequence_length}"
-            raise refuse("data.buckets", entry, reason, "give lengths such as 32,64,128")
+    buckets(data)  # refuses what is none
     if task == "choice" and len(columns.choices) < 2:
         raise refuse("data.columns.choices", columns.choices, "there is nothing to choose", "name two columns or more")
     if task in ("questions", "similarity") and not columns.pair:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import (
@@ -139,6 +139,14 @@ def function_of(cfg: TransformerConfig) -> TransformerConfig:
         dropout=DropoutConfig(),
         **{name: getattr(plain, name) for name in training},
     )
+
+
+def differences_in_function(ours: TransformerConfig, theirs: TransformerConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(key, our value, theirs) of each key of `model` that makes the same parameters another model."""
+    mine, other = function_of(ours), function_of(theirs)
+    for field in dataclasses.fields(mine):
+        if getattr(mine, field.name) != getattr(other, field.name):
+            yield f"model.{field.name}", getattr(ours, field.name), getattr(theirs, field.name)
 
 
 def head_function(cfg: EncoderConfig) -> EncoderConfig:

@@ -90,15 +90,21 @@ def read_rope(keys: Keys, *, base: float = 10_000.0, partial: bool = False) -> d
 
     `partial`: heads may rotate in part; where transformers' own model has no such form, it would be passed over.
     """
-    older, newer = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
-    name = "rope_scaling" if newer is None else "rope_parameters"
-    given = (older if newer is None else newer) or {}
+    name, given = rope_group(keys)
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise keys.refuse(name, given, "our model has the same rotary positions in every layer")
     rope = rope_of(keys, name, given, keys.take("rope_theta", base), keys.take("partial_rotary_factor", 1.0))
     if rope["fraction"] != 1 and not partial:
         raise keys.refuse("partial_rotary_factor", rope["fraction"], "whole heads rotate in this architecture")
     return rope
+
+
+def rope_group(keys: Keys) -> tuple[str, Any]:
+    """The group that says how positions rotate: `rope_scaling` of transformers 4, `rope_parameters` of 5."""
+    older, newer = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
+    if older and newer and older != newer:
+        raise keys.refuse("rope_scaling", older, "rope_parameters says something else, and only one of them can be meant")
+    return ("rope_parameters", newer) if newer else ("rope_scaling", older or {})
 
 
 def rope_of(keys: Keys, name: str, given: Mapping[str, Any], base: float, fraction: float) -> dict[str, Any]:

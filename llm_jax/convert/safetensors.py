@@ -65,8 +65,11 @@ class Tensor:
         def one(start: int) -> None:
             self.read_bytes(start, memoryview(array)[start : start + pieces.PIECE_BYTES])
 
-        with pieces.Workers() as workers:
-            workers.each(one, range(0, self.nbytes, pieces.PIECE_BYTES))
+        if self.nbytes <= pieces.PIECE_BYTES:
+            one(0)
+        else:
+            with pieces.Workers() as workers:
+                workers.each(one, range(0, self.nbytes, pieces.PIECE_BYTES))
         return array.view(self.dtype).reshape(self.shape)
 
     def read_bytes(self, start: int, into: memoryview) -> None:

@@ -167,7 +167,7 @@ def given_labels(task: str, record: Record, column: str) -> list[str]:
     if not isinstance(many, list):
         raise record.error(column, f"{value!r:.40} stands where a list of labels belongs", "write a list")
     for label in many:
-        if label is None or isinstance(label, (float, list, dict)) or label == "":
+        if label is None or isinstance(label, (bool, float, list, dict)) or label == "":
             raise record.error(column, f"{label!r:.40} stands where a label belongs", "give a name or a whole number")
     return [record.sound(column, str(label)) for label in many]
 

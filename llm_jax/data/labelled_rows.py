@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from llm_jax.config import tasks
 from llm_jax.config.schema import DataConfig
 from llm_jax.data.labelled import UNLABELLED, Examples, LabelledStore, texts_a_record
 from llm_jax.data.mixture import BLOCK, shuffled_block
 from llm_jax.data.packing import Rows
-from llm_jax.errors import ConfigError
 
 MOST_TEXTS = 32  # in a packed row
 VERSION = 1  # of the order and of packing; another gives another stream
@@ -32,7 +32,7 @@ class LabelledRows:
 
     def __init__(self, examples: Examples, cfg: DataConfig):
         self.examples, self.task, self.texts_a_record = examples, cfg.task, texts_a_record(cfg)
-        self.buckets = buckets(cfg)
+        self.buckets = tasks.buckets(cfg)
         self.length = self.buckets[-1]
         if cfg.pack_texts:
             self.members = pack(examples.lengths, self.length, MOST_TEXTS)
@@ -78,17 +78,6 @@ class LabelledRows:
                     rows["labels"][row, slot] = given[text] + (place if self.task == "questions" else 0)
                 place += int(end - begin)
         return rows
-
-
-def buckets(cfg: DataConfig) -> list[int]:
-    """The lengths that rows may have, ascending, data.sequence_length being the last. Raises ConfigError."""
-    lengths = []
-    for entry in cfg.buckets:
-        if not entry.strip().isdecimal() or not 0 < int(entry) <= cfg.sequence_length:
-            raise ConfigError(f"data.buckets: {entry!r} is not a length from 1 to data.sequence_length = "
-                              f"{cfg.sequence_length}; give lengths such as '32,64,128'")  # fmt: skip
-        lengths.append(int(entry))
-    return sorted({*lengths, cfg.sequence_length})
 
 
 def pack(lengths: np.ndarray, room: int, most: int) -> list[list[int]]:

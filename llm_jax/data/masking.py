@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.config import tasks
 from llm_jax.config.schema import DataConfig
 from llm_jax.data.labelled_rows import MOST_TEXTS, pack
 from llm_jax.data.mixture import BLOCK, shuffled_block
@@ -192,24 +193,13 @@ def masked_places(rows: Rows, chosen: np.ndarray, predictions: int) -> None:
 # -------------------------------------------------------------------------------------------------- the stream
 
 
-def read_phases(cfg: DataConfig) -> list[tuple[int, int]]:
-    """(steps, length) of each phase; the last one, of data.sequence_length, has no end (0). Raises ConfigError."""
-    phases = []
-    for entry in cfg.masking.phases:
-        steps, _, length = entry.partition("=")
-        if not steps.strip().isdecimal() or not length.strip().isdecimal() or not int(steps) or int(length) < 8:
-            raise ConfigError(f"data.masking.phases: {entry!r} is not STEPS=LENGTH, such as '900000=128'")
-        phases.append((int(steps), int(length)))
-    return [*phases, (0, cfg.sequence_length)]
-
-
 class MaskedStream:
     """The endless training stream: phases of rows of growing length, each epoch of each a permutation of its rows."""
 
     rows_a_sample = 1
 
     def __init__(self, store: Any, cfg: DataConfig, seed: int):
-        self._phases = read_phases(cfg)
+        self._phases = tasks.phases(cfg)
         split, tokenizer = store.split("train"), store.tokenizer
         self._rows = {length: MaskedRows(split, tokenizer, cfg, length, seed) for _, length in self._phases}
         self._name, self._seed, self._shuffle = store.name, seed, cfg.shuffle

@@ -6,6 +6,7 @@ Rows count as in an editor or a data frame's head: the first record of a CSV fil
 
 import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -121,7 +122,8 @@ def _read_csv(path: str, delimiter: str, meter: Meter) -> Iterator[tuple[int, di
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     row = 0
     with open_stream(path, meter) as stream:
-        lines = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream))
+        decoded = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(stream))
+        lines = (line for lines in decoded for line in io.StringIO(lines, newline=""))  # some end in a \r alone
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(reader, [])

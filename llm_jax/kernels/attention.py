@@ -263,7 +263,8 @@ def select(name: str, options: AttentionOptions, platform: str) -> Kernel:
             )
     if kernel.within:
         inner = select("auto", options.whole_rows(), platform)
-        return dataclasses.replace(kernel, function=functools.partial(kernel.function, inner=inner.attend))
+        within = functools.partial(kernel.function, inner=inner.attend)
+        return dataclasses.replace(kernel, function=within, names_output=inner.names_output)
     return kernel
 
 

@@ -202,8 +202,7 @@ class _Form:
         gradient = logits_gradient(logits, log_z, targets, d_loss, d_log_z, self.label_smoothing)
         if self.softcap:
             gradient = gradient * (1 - jnp.square(logits / self.softcap))
-        if self.vocab_size < logits.shape[-1]:
-            gradient = jnp.where(_ids(logits) < self.vocab_size, gradient, 0)
+            gradient = jnp.where(_ids(logits) < self.vocab_size, gradient, 0)  # 0 times infinity, where logits are -inf
         return gradient
 
 

@@ -72,7 +72,7 @@ def choose_kernel(
     """
     given = dict(segments=segments, length=length, dtype=dtype, dropout=dropout, cache=cache)
     request = attention_request(cfg, layout, kind, **given)
-    return select("auto" if cache else cfg.attention_kernel, request, platform(layout))
+    return select("auto" if cache else cfg.attention_kernel, request, layout.runs_on)
 
 
 def attention_request(
@@ -105,11 +105,6 @@ def attention_request(
         head_parts=layout.activation_pieces("heads"),
         kv_head_parts=layout.activation_pieces("heads" if cfg.latent.kv_rank else "kv_heads"),
     )
-
-
-def platform(layout: Layout) -> str:
-    """cpu, gpu or tpu: of the layout's devices, which need not be this machine's; else JAX's own."""
-    return layout.platform or jax.default_backend()
 
 
 @jax.tree_util.register_dataclass

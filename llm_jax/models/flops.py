@@ -7,13 +7,12 @@ from typing import Any
 import jax
 
 from llm_jax.config import EncoderConfig, TransformerConfig
-from llm_jax.config.kinds import STACK_AXES, layer_kinds
+from llm_jax.config.kinds import STACKING_AXES, layer_kinds
 from llm_jax.models.attention import query_dim, value_dim
 
 FORMULA = (
     "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
 )
-STACKS = (*STACK_AXES.values(), "expert")  # axes along which matrices are stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ def training_flops(
         * (cfg.moe.top_k / cfg.moe.num_experts if "expert" in axis else 1)  # a token's own experts alone
         * share
         for leaf, axis, share in zip(leaves, names, places, strict=True)
-        if axis not in tables and sum(name not in STACKS for name in axis) >= 2
+        if axis not in tables and sum(name not in STACKING_AXES for name in axis) >= 2
     )
     if cfg.tie_embeddings and getattr(cfg, "head", "masked") in ("masked", "masked_pairs"):
         table = sum(leaf.size for leaf, axis in zip(leaves, names, strict=True) if axis == ("vocab", "embed"))

@@ -66,7 +66,7 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     def __call__(self, x: jax.Array, *, over: int = 1, heads: int = 0) -> jax.Array:
-        """(B, T, in) to (B, T, out).
+        """x W + b, and what adapters add.
 
         Args:
           over: how many last axes of x are `in`: 2 where it is (N, H).
@@ -135,7 +135,7 @@ def product(
     dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else x.dtype
     if numbers != "native":
         y = quantized_product(flat, plain, numbers)
-    elif layout.platform == "tpu" or not whole_rows:
+    elif layout.runs_on == "tpu" or not whole_rows:
         # Behind the barrier XLA leaves the gradient's axes apart, as they come from attention, and copies nothing.
         matrix = jax.lax.optimization_barrier(matrix) if matrix.ndim > 2 else matrix
         y = jnp.tensordot(x, matrix, over, preferred_element_type=dtype)

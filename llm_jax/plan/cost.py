@@ -214,9 +214,12 @@ class Walk:
         return Times(**{kind: seconds}, flops=flops, cycles=one.cycles)
 
     def tpu_seconds(self, one: Instruction, flops: float) -> float:
-        """By the compiler's cycles, and by the peak where it is more hopeful than that."""
+        """By the compiler's cycles, and by the peak where they are more hopeful than that."""
         hardware = self.machine.hardware
-        return max(one.cycles / hardware.clock * self.constants.cycles, flops / hardware.flops)
+        parts = (one, *self.program.fused(one).values())
+        narrow = any(shape.dtype.startswith(("s8", "f8")) for part in parts for shape in part.shapes)
+        peak = hardware.flops * (2 if narrow else 1)  # products of 8 bits take half the time
+        return max(one.cycles / hardware.clock * self.constants.cycles, flops / peak)
 
     def gpu_seconds(self, one: Instruction, name: str, flops: float) -> float:
         hardware, constants = self.machine.hardware, self.constants

@@ -85,9 +85,8 @@ def quick_estimate(setting: Setting) -> Estimate:
 
 def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     """Numbers a token and layer that the backward pass finds kept, by name. "=host" names are left out."""
-    stream, up = size.width / size.residual, size.mlp * size.rows
-    names = {"layer_input": stream, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-             "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated}  # fmt: skip
+    names = named(size)
+    stream, up = names["layer_input"], names["mlp_up"]
     if model.remat == "names":
         return {"layer_input": stream} | {name: names[name] for name in model.remat_save if name in names}
     if model.remat == "full":
@@ -98,6 +97,13 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     rotated = (size.heads + size.kv) * (model.positions == "rotary")
     inside = {"norms": 4 * stream, "middle": stream, "rotated": rotated, "hidden": up * (3 if size.gated else 5)}
     return names | inside
+
+
+def named(size: Sizes) -> dict[str, float]:
+    """Numbers a token and layer of the tensors that `model.remat_save` can name."""
+    stream, up = size.width / size.residual, size.mlp * size.rows
+    return {"layer_input": stream, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
+            "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated}  # fmt: skip
 
 
 def memory(setting: Setting, size: Sizes) -> Memory:
@@ -149,10 +155,8 @@ def item_bytes(setting: Setting) -> int:
 
 def host_bytes(setting: Setting, size: Sizes) -> float:
     """Saved tensors that wait in the host's memory, and offloaded optimizer state."""
-    names = {"layer_input": size.width, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-             "attention_output": size.width, "mlp_up": size.mlp, "mlp_gate": size.mlp}  # fmt: skip
     host = [name.removesuffix("=host") for name in setting.cfg.model.remat_save if name.endswith("=host")]
-    saved = sum(names.get(name, 0) for name in host) * size.tokens * size.layers * item_bytes(setting)
+    saved = sum(named(size).get(name, 0) for name in host) * size.tokens * size.layers * item_bytes(setting)
     waiting = [leaf for leaf in jax.tree.leaves(setting.state.opt_state) if leaf.sharding.memory_kind == HOST_MEMORY]
     return saved + sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in waiting)
 
@@ -190,7 +194,7 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     qkv, out = 2 * size.width * (size.heads + 2 * size.kv), 2 * size.width * size.heads
     up, down = 2 * size.width * size.mlp * (1 + size.gated), 2 * size.width * size.mlp
     again = {"full": qkv + out, "names": out}.get(model.remat, 0.0)
-    again_up = 0.0
+    again_up, saved = 0.0, set()
     if model.remat == "names":
         saved = {name.removesuffix("=host") for name in model.remat_save}
         again -= out if "attention_output" in saved else 0.0
@@ -205,11 +209,10 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     dense = tokens * (size.layers * (layer + (0 if experts else mlp)) + head)
     visible = setting.cfg.data.sequence_length / 2
     once = 4 * size.heads * visible * tokens * size.layers
-    backward = (
-        3.5 if setting.machine.hardware.tpu else 2.5
-    )  # times the forward's: queries' and keys' gradients apart, or not
-    own = setting.machine.hardware.tpu and "attention" in model.remat_save and model.remat == "names"
-    kernels = once * (1 if model.remat == "none" or own else 2), once * backward
+    tpu = setting.machine.hardware.tpu
+    backward = 3.5 if tpu else 2.5  # times the forward's: queries' and keys' gradients apart, or not
+    once_only = model.remat == "none" or (tpu and "attention" in saved)
+    kernels = once * (1 if once_only else 2), once * backward
     return {"dense": dense, "experts": tokens * size.layers * mlp if experts else 0.0}, kernels
 
 

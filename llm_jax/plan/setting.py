@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from llm_jax import sharding
 from llm_jax.config import Config, check, check_devices, run_steps
 from llm_jax.config.mesh import MESH_AXES, mesh_sizes, slice_sizes
-from llm_jax.data import tasks
 from llm_jax.errors import UserError
 from llm_jax.models import flops, registry
 from llm_jax.models.registry import Model, count_parameters
@@ -20,6 +19,7 @@ from llm_jax.sharding import Layout
 from llm_jax.training import optim
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
+from llm_jax.training.lower import model_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Setting:
     @property
     def flops(self) -> flops.Flops:
         """Of training on one token: what MFU counts."""
-        cfg, shapes, axes = self.cfg, self.model.shapes(), self.model.axes()
-        return flops.training_flops(cfg.model, shapes, axes, cfg.data.sequence_length, tasks.head_shares(cfg.data))
+        return model_flops(self.cfg, self.model)
 
     def state_bytes(self) -> dict[str, int]:
         """Of each device: "parameters", "optimizer" (with the average, if there is one) and "gradients"."""

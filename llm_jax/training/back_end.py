@@ -9,7 +9,7 @@ from llm_jax.config.kinds import layer_kinds
 from llm_jax.errors import ConfigError
 from llm_jax.kernels.attention import AttentionOptions, Kernel, why_not
 from llm_jax.kernels.split import Split
-from llm_jax.models.attention import attention_request, choose_kernel, platform
+from llm_jax.models.attention import attention_request, choose_kernel
 from llm_jax.sharding import Layout
 
 
@@ -34,11 +34,11 @@ def attention_line(cfg: Config, layout: Layout) -> str:
     """The back end of training in words; where rows are split and it gathers them, why it is not ring attention."""
     kernels = check_attention(cfg, layout)
     names = list(dict.fromkeys(kernel.name for kernel in kernels))
-    line = f"{' and '.join(names)} attention ({platform(layout)})"
+    line = f"{' and '.join(names)} attention ({layout.runs_on})"
     requests: list[AttentionOptions] = _asked(attention_request, cfg, layout, dropout=cfg.model.dropout.attention > 0)
     for kernel, request in zip(kernels, requests, strict=True):
         if request.split_length and not kernel.by_device:
-            missing = ", ".join(why_not("ring", request, platform(layout)))
+            missing = ", ".join(why_not("ring", request, layout.runs_on))
             return line + f", which gathers whole rows (ring attention lacks {missing})"
     return line
 

@@ -29,7 +29,7 @@ from llm_jax.config import (
 )
 from llm_jax.config.tasks import HEADS
 from llm_jax.convert import families, hub, peft, pieces, reference, rules, safetensors, source
-from llm_jax.convert.family import Family, function_of
+from llm_jax.convert.family import Family, differences_in_function
 from llm_jax.convert.peft import Adapter
 from llm_jax.convert.progress import told
 from llm_jax.convert.rules import Move
@@ -126,13 +126,11 @@ def run_config(found: Source, to: str, overrides: Sequence[str], dtype: str) -> 
     )
     cfg = config.override(base, overrides)
     config.check(cfg)
-    ours, theirs = function_of(cfg.model), function_of(found.cfg)
-    for field in dataclasses.fields(ours):
-        if getattr(ours, field.name) != getattr(theirs, field.name):
-            raise ConfigError(
-                f"model.{field.name} = {getattr(cfg.model, field.name)!r}: the checkpoint was made with "
-                f"{getattr(theirs, field.name)!r}, and another value would make it another model; leave it out"
-            )
+    for key, ours, theirs in differences_in_function(cfg.model, found.cfg):
+        raise ConfigError(
+            f"{key} = {ours!r}: the checkpoint was made with {theirs!r}, and another value would make it another "
+            "model; leave it out"
+        )
     return cfg
 
 
@@ -142,7 +140,7 @@ def data_config(found: Source, to: str) -> DataConfig:
     if not isinstance(found.cfg, EncoderConfig):
         tokenizer, eos = (f"{to}/tokenizer", eos_habit(found.folder)) if there else ("none", "none")
         return DataConfig(tokenizer=tokenizer, eos=eos, sequence_length=length)
-    task = next(task for task, heads in HEADS.items() if found.cfg.head in heads)
+    task = task_of(found)
     masked = task in ("masked", "replaced")
     return DataConfig(
         task=task,
@@ -150,9 +148,29 @@ def data_config(found: Source, to: str) -> DataConfig:
         tokenizer=f"{to}/tokenizer",
         eos="lines" if masked else "append",
         sequence_length=length,
-        columns=ColumnsConfig(pair="pair" if task == "similarity" else ""),
+        columns=ColumnsConfig(pair="pair" if task == "similarity" else "", choices=ENDINGS if task == "choice" else ()),
         masking=MaskingConfig(next_sentence=found.cfg.head == "masked_pairs") if masked else MaskingConfig(),
     )
+
+
+ENDINGS = ("ending0", "ending1", "ending2", "ending3")  # the columns of SWAG, which such models are trained on
+
+
+def task_of(found: Source) -> str:
+    """`data.task` of an encoder's head; of a text's labels by `problem_type`, and without it as transformers does."""
+    task = next(task for task, heads in HEADS.items() if found.cfg.head in heads)
+    if found.family.architecture.endswith("ForMultipleChoice"):
+        return "choice"
+    if task != "classification":
+        return task
+    labels = found.cfg.num_labels
+    usual = "regression" if labels == 1 else hub_files.PROBLEMS["classification"]
+    problem = found.values.get("problem_type") or usual
+    tasks = {name: task for task, name in hub_files.PROBLEMS.items()}
+    if problem not in tasks or (problem == "regression" and labels > 1):
+        raise DataError(f"{found.folder}/config.json: problem_type = {problem!r} with {labels} labels: our models give "
+                        f"{', '.join(tasks)} of one value")  # fmt: skip
+    return tasks[problem]
 
 
 def eos_habit(folder: Path) -> str:
@@ -268,7 +286,7 @@ def to_hub(
             if not adapter:
                 usual = hub_files.most_frequent(list(dtypes.values()))
                 hub_files.write_config(folder, family, plain.model, beside if same else None, usual,
-                                       run_folder.read_labels(workdir))  # fmt: skip
+                                       run_folder.read_labels(workdir), cfg.data.task)  # fmt: skip
                 hub_files.write_tokenizer(folder, tokenizers.load(f"{workdir}/tokenizer"), beside)
             if not check:
                 return step, convert_check.NOT_ASKED

@@ -52,8 +52,10 @@ class FineTuned:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings of texts, (texts, D) float64, each of length 1; of a run with task="similarity"."""
         if self._embedder is None:
-            self._embedder = predict.open_run(self.workdir, embeddings=True)
-        return np.array([found["embedding"] for found in self._embedder(predict.records_of(texts, self.cfg))])
+            known = self._predictor or predict.open_run(self.workdir, embeddings=True)
+            self._embedder = predict.Predictor(known.run, known.names, embeddings=True)
+        found = self._embedder(predict.records_of(texts, self.cfg))
+        return np.array([one["embedding"] for one in found]).reshape(len(found), self.cfg.model.embed_dim)
 
 
 def finetune(

@@ -22,6 +22,11 @@ BESIDE = "hf"  # folder of a run: the files that lay beside the weights it was c
 REWRITTEN = (
     "rope_parameters", "partial_rotary_factor", "layer_types", "quantization_config", "dtype", "_name_or_path",
 )  # fmt: skip
+# Our tasks of a text's labels, as transformers names them (`problem_type`).
+PROBLEMS = {
+    "classification": "single_label_classification", "multilabel": "multi_label_classification",
+    "regression": "regression",
+}  # fmt: skip
 NOTES = "llm_jax.json"  # there: name, architecture and dtypes of the source
 
 
@@ -84,10 +89,20 @@ def beside(workdir: str, cfg: Config) -> tuple[Path | None, dict[str, Any]]:
 
 
 def write_config(
-    folder: Path, family: Family, cfg: TransformerConfig, beside: Path | None, dtype: str, labels: Sequence[str] = ()
+    folder: Path,
+    family: Family,
+    cfg: TransformerConfig,
+    beside: Path | None,
+    dtype: str,
+    labels: Sequence[str] = (),
+    task: str = "",
 ) -> None:
-    """config.json: what the model says, and what the source's said that says nothing about the model. `labels`: the
-    names of a classifier's."""
+    """config.json: what the model says, and what the source's said that says nothing about the model.
+
+    Args:
+      labels: the names of a classifier's.
+      task: data.task of the run.
+    """
     values: dict[str, Any] = {}
     if beside:
         values = json.loads((beside / "config.json").read_text(encoding="utf-8"))
@@ -99,6 +114,8 @@ def write_config(
     if labels:
         values["id2label"] = {str(i): name for i, name in enumerate(labels)}
         values["label2id"] = {name: i for i, name in enumerate(labels)}
+    if task in PROBLEMS and (task != "classification" or values.get("problem_type")):
+        values["problem_type"] = PROBLEMS[task]
     path = folder / "config.json"
     run_folder.write_json(path, values)
     if function_of(family.config(values, str(path))) != function_of(cfg):

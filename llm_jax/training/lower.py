@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import Config, run_steps
 from llm_jax.data import tasks
-from llm_jax.models import registry
+from llm_jax.models import flops, registry
 from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.base import Batch
 from llm_jax.precision import Precision
@@ -49,6 +49,12 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
     )
     traced = step.trace(state, batch_shapes(cfg, layout))
     return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+
+
+def model_flops(cfg: Config, model: registry.Model) -> flops.Flops:
+    """Of training on one token of the longest rows."""
+    heads = tasks.head_shares(cfg.data)
+    return flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length, heads)
 
 
 def batch_shapes(cfg: Config, layout: Layout) -> Batch:

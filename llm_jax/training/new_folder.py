@@ -53,32 +53,39 @@ def new_folder(to: str) -> Iterator[Path]:
 def _locked(around: Path) -> Iterator[None]:
     """Hold the folder's lock: the system drops it when this process ends, however it ends."""
     with open(around / f"{LOCK}.new", "w", encoding="utf-8") as stream:
+        stream.write(f"{socket.gethostname()}\n{os.getpid()}\n")
+        stream.flush()
         with contextlib.suppress(OSError):  # this file system has no locks, so what a killed process leaves stays
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stream.write(f"{socket.gethostname()}\n{os.getpid()}\n")
-            stream.flush()
             os.rename(around / f"{LOCK}.new", around / LOCK)  # nobody finds it before it is locked
         yield
 
 
 def remove_dead(parent: Path, name: str) -> None:
     """Remove what conversions to `name` that were killed have left, and say so; one that lives is not touched."""
-    left = sorted(path for path in parent.iterdir() if path.name.startswith(f"{name}.partial-"))
-    for path in left:
-        with contextlib.suppress(FileNotFoundError), open(path / LOCK, encoding="utf-8") as stream:
-            host, _, process = stream.read().strip().partition("\n")
-            if host != socket.gethostname():  # whose locks may not be seen here
-                told = f"it is of process {process} on {host}: remove it if that has ended"
-                print(f"note: {path} is a half-made conversion, and stays: {told}", file=sys.stderr)
-            elif _is_free(stream):
-                shutil.rmtree(path)
-                told = f"left by a conversion that was killed (process {process})"
-                print(f"note: removed {path}, {told}", file=sys.stderr)
+    for path in sorted(path for path in parent.iterdir() if path.name.startswith(f"{name}.partial-")):
+        if not (path / LOCK).exists():  # not ours, or not locked yet
+            continue
+        try:
+            with open(path / LOCK, "r+", encoding="utf-8") as stream:  # NFS gives locks to those who may write alone
+                told = _remove_if_dead(path, stream)
+        except FileNotFoundError:  # it has ended since
+            continue
+        except OSError as error:  # another user's, or locks that do not work
+            told = f"note: {path} is a half-made conversion, and stays ({error.strerror}): remove it if that has ended"
+        if told:
+            print(told, file=sys.stderr)
 
 
-def _is_free(stream: TextIO) -> bool:
+def _remove_if_dead(path: Path, stream: TextIO) -> str:
+    """What there is to say of it."""
+    host, _, process = stream.read().strip().partition("\n")
+    if host != socket.gethostname():  # whose locks may not be seen here
+        why = f"it is of process {process} on {host}: remove it if that has ended"
+        return f"note: {path} is a half-made conversion, and stays: {why}"
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    except BlockingIOError:  # it lives
+        return ""
+    shutil.rmtree(path)
+    return f"note: removed {path}, left by a conversion that was killed (process {process})"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.config.checks import check_optim, warmup_updates
-from llm_jax.config.kinds import STACK_AXES
+from llm_jax.config.kinds import STACKING_AXES
 from llm_jax.config.schema import OptimConfig
 from llm_jax.errors import ConfigError
 from llm_jax.models.lora import is_adapter
@@ -79,13 +79,12 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
 
 # --------------------------------------------------------------------------------------- what a parameter is
 
-STACKS = (*STACK_AXES.values(), "expert")  # leading axes along which independent tensors are stacked
 TABLES = ("vocab", "position", "buckets")  # an axis of these makes a look-up table or an output head
 
 
 def stack_depth(axes: Sequence[str]) -> int:
     """How many leading axes stack independent tensors: 1 for ("layers", "embed", "mlp")."""
-    return next((i for i, axis in enumerate(axes) if axis not in STACKS), len(axes))
+    return next((i for i, axis in enumerate(axes) if axis not in STACKING_AXES), len(axes))
 
 
 def role(axes: Sequence[str]) -> str:

@@ -114,6 +114,8 @@ def predict(
       DataError: a record that cannot be read, with its file, row and column.
     """
     files = find_files(input)  # told before a model is loaded
+    if output != "-" and os.path.exists(output) and any(os.path.samefile(file.path, output) for file in files):
+        raise UserError(f"--output={output}: that is the input, which would be lost; give another file")
     predictor = open_run(workdir, step, overrides, batch_size, embeddings)
     count = 0
     with opened(output) as out, Progress().counting("predicting", sum(file.size for file in files)) as advance:
@@ -142,9 +144,13 @@ def opened(output: str) -> Iterator[TextIO]:
         stream = open(partial, "w", encoding="utf-8")  # noqa: SIM115 closed below, before it is renamed
     except OSError as error:
         raise UserError(f"--output={output}: it cannot be written ({error.strerror}); give another file") from None
-    with stream:
-        yield stream
-    os.replace(partial, output)
+    try:
+        with stream:
+            yield stream
+        os.replace(partial, output)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def records_of(texts: Sequence[Any], cfg: Config) -> list[Record]:

@@ -18,6 +18,7 @@ from llm_jax import config, distributed
 from llm_jax.config import Config
 from llm_jax.config.tasks import HEADS
 from llm_jax.convert import hub, source
+from llm_jax.convert.family import differences_in_function
 from llm_jax.convert.rules import Move
 from llm_jax.convert.safetensors import Tensor
 from llm_jax.data import tokenizers
@@ -27,6 +28,7 @@ from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
 from llm_jax.training import convert, hub_files, restore
 from llm_jax.training.heads import origins
+from llm_jax.training.record import some
 
 HUB = "hf:"
 NAMED = 12  # parameters that a sentence names
@@ -126,7 +128,6 @@ def start_from(name: str, params: Any, cfg: Config, workdir: str = "") -> tuple[
       DataError: the checkpoint lacks parameters that are not the head's, or has them in another shape.
     """
     begin = Beginning.of(name, convert.by_path(params), cfg)
-    tensors = begin.found.tensors()
     parts = collections.defaultdict(list)
     for move in begin.moves:
         for path in {slot.path for slot in move.ours}:
@@ -134,17 +135,18 @@ def start_from(name: str, params: Any, cfg: Config, workdir: str = "") -> tuple[
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
         origin = begin.origins.get(path_name(path))
-        return leaf if origin is None else read(origin, parts[origin], tensors, leaf)
+        return leaf if origin is None else read(origin, parts[origin], begin.tensors, leaf)
 
     params = jax.tree_util.tree_map_with_path(one, params)
     if workdir:
         there = hub.split(name.removeprefix(HUB))[0]
-        distributed.on_main(lambda: hub_files.keep_beside(Path(workdir), begin.found, tensors, there))
+        distributed.on_main(lambda: hub_files.keep_beside(Path(workdir), begin.found, begin.tensors, there))
     return params, begin.told
 
 
 def preview(cfg: Config, shapes: Any) -> list[str]:
-    """For `train --dry_run`: what `start_from` would take over and leave out. Reads no weights but their headers.
+    """For `train --dry_run`: what `start_from` would take over and leave out. Of the weights it reads the headers,
+    and where a tied head is stored beside its embedding those two.
 
     Args:
       shapes: of the run's parameters, a tree of ShapeDtypeStruct.
@@ -161,12 +163,14 @@ class Beginning:
 
     Attributes:
       found: the checkpoint.
+      tensors: of it, less what says nothing more.
       moves: between its tensors and the parameters of its own model, as we would have it.
       origins: {path here: path there} of the parameters that are taken over.
       told: one sentence for the reader.
     """
 
     found: source.Source
+    tensors: dict[str, Tensor]
     moves: list[Move]
     origins: dict[str, str]
     told: str
@@ -188,15 +192,12 @@ class Beginning:
         left = [move for move in moves if taken.isdisjoint(slot.path for slot in move.ours)]
         lines = [f"begins at step 0 with {len(sources)} parameters of {name}"]
         if fresh := sorted(path for path in ours if path not in sources):
-            lines.append(f"fresh: {some(fresh)}")
+            lines.append(f"fresh: {some(fresh, count=NAMED)}")
+        for key, mine, other in differences_in_function(under_their_head(cfg.model, found.cfg), found.cfg):
+            lines.append(f"with {key} = {mine!r}, where it was trained with {other!r}")
         if left:
-            lines.append(f"not taken over: {some([theirs for move in left for theirs in move.theirs])}")
-        return Beginning(found, moves, sources, "; ".join([*lines, *found.left_out()]))
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+            lines.append(f"not taken over: {some([theirs for move in left for theirs in move.theirs], count=NAMED)}")
+        return Beginning(found, tensors, moves, sources, "; ".join([*lines, *found.left_out()]))
 
 
 def read(path: str, moves: Sequence[Move], tensors: Mapping[str, Tensor], like: jax.Array) -> jax.Array:

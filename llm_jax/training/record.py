@@ -92,10 +92,10 @@ def check_fit(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], *
         )
 
 
-def some(items: Sequence[str], separator: str = ", ") -> str:
-    """The first four in words, and how many more there are."""
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return separator.join(items[:4]) + more
+def some(items: Sequence[str], separator: str = ", ", count: int = 4) -> str:
+    """The first `count` in words, and how many more there are."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + more
 
 
 def root_cause(error: BaseException) -> str:

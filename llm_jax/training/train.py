@@ -33,6 +33,7 @@ from llm_jax.training import checkpoint, executable, optim, pretrained, report, 
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
 from llm_jax.training.evaluate import Evaluator, Judge, make_evaluator
+from llm_jax.training.lower import model_flops
 from llm_jax.training.state import TrainState
 from llm_jax.training.step import make_train_step
 
@@ -221,12 +222,6 @@ def loop(run: Run, stack: contextlib.ExitStack) -> TrainState:
             run.out.say(f"{judge.waited} evaluations in a row did not better eval/{cfg.eval.best}: that is enough")
             break
     return state
-
-
-def model_flops(cfg: Config, model: registry.Model) -> flops.Flops:
-    """Of training on one token of the longest rows."""
-    heads = tasks.head_shares(cfg.data)
-    return flops.training_flops(cfg.model, model.shapes(), model.axes(), cfg.data.sequence_length, heads)
 
 
 def due(step: int, every: int) -> bool:

@@ -15,7 +15,7 @@ from llm_jax.config import DecoderConfig
 from llm_jax.convert.families.experts import expert_rules, mlp_key
 from llm_jax.convert.families.llama import mlp_rules, outer_rules, read_common, write_common
 from llm_jax.convert.family import Family, function_of
-from llm_jax.convert.keys import Keys, rope_of
+from llm_jax.convert.keys import Keys, rope_group, rope_of
 from llm_jax.convert.packed import read_packing
 from llm_jax.convert.rules import Arrays, Chain, Cut, Rule, Shape, Swapped, Transform, linear
 from llm_jax.models.attention import query_dim
@@ -150,9 +150,8 @@ def read_scaled_rope(keys: Keys, size: int) -> tuple[dict[str, Any], float]:
 
     m = 0.1 mscale_all_dim ln(factor) + 1; sine and cosine are scaled by the same of mscale, over m.
     """
-    older, newer = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
-    name = "rope_scaling" if newer is None else "rope_parameters"
-    given = dict((older if newer is None else newer) or {})
+    name, given = rope_group(keys)
+    given = dict(given)
     over, all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     rope = rope_of(keys, name, given, keys.take("rope_theta", 10_000.0), keys.take("partial_rotary_factor", 1.0))
     if rope.get("scaling") != "yarn":
