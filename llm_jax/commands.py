@@ -125,6 +125,8 @@ def check_sides(args: argparse.Namespace) -> None:
     if not args.source or not (args.to or args.dry_run):
         raise UserError("convert needs --from and --to, one of them hf:PATH and the other a run's folder")
     into_run = args.source.startswith("hf:")
+    if "hf:" in (args.source, args.to):
+        raise UserError("hf: alone names nothing; write hf:PATH, or hf:OWNER/NAME of the hub")
     if args.to and into_run == args.to.startswith("hf:"):
         raise UserError(
             f"--from={args.source} --to={args.to}: exactly one of the two begins with hf:, the other is a run's folder"

@@ -147,7 +147,15 @@ def test_a_bad_row_of_the_input_is_named_and_nothing_half_is_left(tuned, tmp_pat
         code = cli.main(["predict", f"--workdir={tuned.workdir}", f"--input={path}", f"--output={tmp_path / 'out'}"])
     error = capsys.readouterr().err
     assert code == 2 and f"{path}, row 2, column 'text': the text is empty" in error
-    assert not (tmp_path / "out").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["new.jsonl"]
+
+
+def test_predictions_do_not_replace_what_they_are_made_of(tuned, tmp_path, capsys):
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"text": "a cat"}\n')
+    assert cli.main(["predict", f"--workdir={tuned.workdir}", f"--input={path}", f"--output={path}"]) == 2
+    assert "that is the input, which would be lost" in capsys.readouterr().err
+    assert path.read_text() == '{"text": "a cat"}\n'
 
 
 def test_predict_is_for_labels(pretrained, tmp_path, capsys):

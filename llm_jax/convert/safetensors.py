@@ -111,7 +111,7 @@ def _tensor(name: str, entry: Mapping[str, Any], path: Path, base: int) -> Tenso
         raise DataError(f"{path}: {name} has the dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
     tensor = Tensor(name, DTYPES[entry["dtype"]], shape, path, base + start)
     if any(not isinstance(n, int) or n < 0 for n in (start, end, *shape)) or end - start != tensor.nbytes:
-        told = f"{entry['dtype']}{list(shape)} takes {tensor.nbytes} bytes, and the header gives it {end - start}"
+        told = f"{entry['dtype']}{list(shape)} takes {tensor.nbytes} bytes, and its offsets are {start} and {end}"
         raise DataError(f"{path}: the header is wrong about {name}: {told}; fetch the file again")
     return tensor
 

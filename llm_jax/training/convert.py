@@ -164,8 +164,7 @@ def task_of(found: Source) -> str:
     if task != "classification":
         return task
     labels = found.cfg.num_labels
-    usual = "regression" if labels == 1 else hub_files.PROBLEMS["classification"]
-    problem = found.values.get("problem_type") or usual
+    problem = found.values.get("problem_type") or hub_files.PROBLEMS[hub_files.usual_task(labels)]
     tasks = {name: task for task, name in hub_files.PROBLEMS.items()}
     if problem not in tasks or (problem == "regression" and labels > 1):
         raise DataError(f"{found.folder}/config.json: problem_type = {problem!r} with {labels} labels: our models give "

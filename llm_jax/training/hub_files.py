@@ -71,6 +71,11 @@ def copy(file: Path, to: Path) -> None:
     shutil.copyfile(file, to)
 
 
+def usual_task(labels: int) -> str:
+    """`data.task` of a text's labels that config.json gives no problem_type for, as transformers reads it."""
+    return "regression" if labels == 1 else "classification"
+
+
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
@@ -114,7 +119,7 @@ def write_config(
     if labels:
         values["id2label"] = {str(i): name for i, name in enumerate(labels)}
         values["label2id"] = {name: i for i, name in enumerate(labels)}
-    if task in PROBLEMS and (task != "classification" or values.get("problem_type")):
+    if task in PROBLEMS and (values.get("problem_type") or not beside or task != usual_task(cfg.num_labels)):
         values["problem_type"] = PROBLEMS[task]
     path = folder / "config.json"
     run_folder.write_json(path, values)
