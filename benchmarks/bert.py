@@ -156,9 +156,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
         peer = run_peer(arguments.peer_python, arguments.model, cfg, folder)
         ours = run_ours(cfg, folder, f"ours{seed}")
         ratio = ours["seconds"] / peer["seconds"]
-        print(f"seed {seed}: theirs {peer['seconds']:.1f} s (accuracy {peer['accuracy']:.3f}), ours "
-              f"{ours['seconds']:.1f} s (accuracy {ours['accuracy']:.3f}; {ours['compile_seconds']:.1f} s of it compiling), "
-              f"ratio {ratio:.2f}", flush=True)  # fmt: skip
+        print(f"seed {seed}: theirs {peer['seconds']:.1f} s (accuracy {peer['accuracy']:.3f}), "
+              f"ours {ours['seconds']:.1f} s (accuracy {ours['accuracy']:.3f}; {ours['compile_seconds']:.1f} s of it "
+              f"compiling), ratio {ratio:.2f}", flush=True)  # fmt: skip
         found.append({"seed": seed, "theirs": peer, "ours": ours, "ratio": ratio})
     of = lambda side: [run[side]["accuracy"] for run in found]  # noqa: E731
     whole = sum(run["ours"]["seconds"] for run in found) / sum(run["theirs"]["seconds"] for run in found)

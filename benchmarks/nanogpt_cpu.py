@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 TOKENS_A_STEP = 12 * 64
-ORIGINAL_ARGUMENTS = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
-).split()
+ORIGINAL_ARGUMENTS = [
+    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
+    "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0",
+]  # fmt: skip
 
 
 def prepare_original(checkout: Path, data: Path, folder: Path) -> None:

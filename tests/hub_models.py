@@ -52,8 +52,8 @@ DEEPSEEK_V3 = DEEPSEEK | dict(
     n_shared_experts=1, routed_scaling_factor=2.5, num_mtp_layers=0, kv_lora_rank=9, qk_nope_head_dim=7,
 )  # fmt: skip
 GPT_OSS = LINE | dict(
-    num_hidden_layers=3, num_local_experts=5, num_experts_per_tok=2, sliding_window=5, head_dim=12, intermediate_size=20,
-    rope_parameters=YARN | dict(truncate=False, beta_fast=20.0),
+    num_hidden_layers=3, num_local_experts=5, num_experts_per_tok=2, sliding_window=5, head_dim=12,
+    intermediate_size=20, rope_parameters=YARN | dict(truncate=False, beta_fast=20.0),
 )  # fmt: skip
 
 CASES = {  # name: (transformers' class of the config, its values)
@@ -120,7 +120,10 @@ CASES = {  # name: (transformers' class of the config, its values)
         NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True, hidden_act="gelu_new",
                     rope_parameters=dict(rope_type="linear", rope_theta=1e3, factor=2.0, partial_rotary_factor=1.0)),
     ),
-    "DeepSeek-V2 Lite": ("DeepseekV2", DEEPSEEK | dict(q_lora_rank=None, num_attention_heads=3, num_key_value_heads=3, hidden_size=36)),
+    "DeepSeek-V2 Lite": (
+        "DeepseekV2",
+        DEEPSEEK | dict(q_lora_rank=None, num_attention_heads=3, num_key_value_heads=3, hidden_size=36),
+    ),
     "DeepSeek-V2, groups, scaled YaRN": (
         "DeepseekV2",
         DEEPSEEK | dict(topk_method="group_limited_greedy", n_group=3, topk_group=2, num_experts_per_tok=3,

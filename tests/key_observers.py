@@ -76,8 +76,13 @@ def judged(cfg, folder):
 def reading(cfg, folder):
     """How Grain is asked to read ahead."""
     asked = {}
+
+    def note_and_stop(**options):
+        asked.update(options)
+        raise UserError()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grain, "ReadOptions", lambda **options: asked.update(options) or (_ for _ in ()).throw(UserError()))
+        patch.setattr(grain, "ReadOptions", note_and_stop)
         patch.setattr(grain, "MultiprocessingOptions", lambda **options: asked.update(options))
         batches = loader.make_train(store.prepare(cfg.data), cfg.data, 8, 0, Layout())
         with pytest.raises(UserError):

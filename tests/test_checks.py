@@ -143,7 +143,10 @@ REFUSED = [
     (["mesh.stage=2", "model.scan_layers=false"], ["model.scan_layers = False", "mesh.stage = 2"]),
     (["mesh.stage_repeats=2"], ["mesh.stage_repeats = 2", "mesh.stage is 1"]),
     (["mesh.stage_microbatches=2"], ["mesh.stage_microbatches = 2", "train.accumulation"]),
-    (["mesh.stage=2", "mesh.stage_repeats=2", "mesh.stage_microbatches=1"], ["mesh.stage_microbatches = 1", "at least 2"]),
+    (
+        ["mesh.stage=2", "mesh.stage_repeats=2", "mesh.stage_microbatches=1"],
+        ["mesh.stage_microbatches = 1", "at least 2"],
+    ),
     (
         ["mesh.stage=2", "mesh.data=2", "mesh.stage_microbatches=5", "train.global_batch_size=32"],
         ["mesh.stage_microbatches = 5", "32 rows"],
@@ -310,7 +313,8 @@ LABELLED = ["data.task=classification", "model.family=encoder", "model.head=text
         ([*MASKED, "data.masking.phases=10:64"], ["data.masking.phases = '10:64'", "write it as 900000=128"]),
         ([*MASKED, "data.masking.phases=100=64"], ["they leave none of train.steps = 100"]),
         ([*MASKED, "data.columns.text=x"], ["data.columns.text = 'x'", "it is read only with data.task"]),
-        ([*MASKED, "mesh.sequence=4", "data.masking.phases=9=30"], ["data.masking.phases = '9=30'", "mesh.sequence = 4"]),
+        ([*MASKED, "mesh.sequence=4", "data.masking.phases=9=30"],
+         ["data.masking.phases = '9=30'", "mesh.sequence = 4"]),
         ([*LABELLED, "data.masking.rate=0.3"], ["data.masking.rate = 0.3", "it is read only with data.task = masked"]),
         ([*LABELLED, "data.tokenizer=byte"], ["data.tokenizer = 'byte'", "checkpoint.init_from=hf:PATH"]),
         ([*LABELLED, "data.buckets=999"], ["data.buckets = '999'", "from 1 to data.sequence_length"]),

@@ -162,7 +162,9 @@ def test_overrides_before_and_after_the_config_in_order(capsys, arguments):
 def trained(stub):
     calls = []
     stub(
-        "llm_jax.training.train", train=lambda cfg, workdir, step_file: calls.append((cfg, workdir)), describe=lambda cfg: cfg.name
+        "llm_jax.training.train",
+        train=lambda cfg, workdir, step_file: calls.append((cfg, workdir)),
+        describe=lambda cfg: cfg.name,
     )
     return calls
 
@@ -268,8 +270,9 @@ def test_generate_passes_on_what_was_given(tmp_path, stub):
     (tmp_path / "p.txt").write_text("from a file")
     run = f"--workdir={tmp_path}"
     assert cli.main(["generate", run]) == 0
-    assert cli.main(["generate", run, "--prompt=a", "--prompt=b", f"--prompt_file={tmp_path}/p.txt", "--num_samples=2",
-                     "--seed=5", "--step=20", "--temperature=0", "--top_k=3", "--stop=x", "--stop=y,z"]) == 0  # fmt: skip
+    assert cli.main(["generate", run, "--prompt=a", "--prompt=b", f"--prompt_file={tmp_path}/p.txt",
+                     "--num_samples=2", "--seed=5", "--step=20", "--temperature=0", "--top_k=3",
+                     "--stop=x", "--stop=y,z"]) == 0  # fmt: skip
     prompts = ["a", "a", "b", "b", "from a file", "from a file"]
     assert calls == [
         (str(tmp_path), [""], {}, 0, True, None),

@@ -44,11 +44,12 @@ SMALLER = {
     "model.vocab_size": 300, "train.accumulation": 2, "optim.warmup_steps": 1,
 }  # fmt: skip
 FIXED = {
-    "model.embed_dim": 32, "model.head_dim": 0, "model.mlp_dim": 0, "train.steps": 2, "train.tokens": 0, "train.epochs": 0,
-    "optim.warmup_ratio": 0, "optim.decay_steps": 0, "optim.cooldown_ratio": 0.5, "log.trackers": "", "mesh.data": -1,
-    "mesh.fsdp": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.tensor": 1, "mesh.across_slices": "", "mesh.activation_rules": "",
-    "eval.every": 0, "checkpoint.every": 0, "optim.learning_rate": 1e-3, "generate.max_tokens": 0, "checkpoint.init_from": "", "checkpoint.resume_from": "", "log.profile_start": 0,
-    "log.profile_steps": 0, "train.global_batch_size": 16, "train.per_device_batch_size": 0,
+    "model.embed_dim": 32, "model.head_dim": 0, "model.mlp_dim": 0, "train.steps": 2, "train.tokens": 0,
+    "train.epochs": 0, "optim.warmup_ratio": 0, "optim.decay_steps": 0, "optim.cooldown_ratio": 0.5,
+    "log.trackers": "", "mesh.data": -1, "mesh.fsdp": 1, "mesh.expert": 1, "mesh.sequence": 1, "mesh.tensor": 1,
+    "mesh.across_slices": "", "mesh.activation_rules": "", "eval.every": 0, "checkpoint.every": 0,
+    "optim.learning_rate": 1e-3, "generate.max_tokens": 0, "checkpoint.init_from": "", "checkpoint.resume_from": "",
+    "log.profile_start": 0, "log.profile_steps": 0, "train.global_batch_size": 16, "train.per_device_batch_size": 0,
 }  # fmt: skip
 
 
@@ -80,9 +81,13 @@ def shrunk(spec: str, folder) -> list[str]:
 
 
 def test_all_arguments_are_found():
-    assert {"shakespeare_char:cpu", "gpt2/124m:fineweb", "gpt2/124m:openwebtext", "gpt2/124m:rotary", "llama3/8b:h100x64"} <= set(
-        SPECS
-    )
+    assert {
+        "shakespeare_char:cpu",
+        "gpt2/124m:fineweb",
+        "gpt2/124m:openwebtext",
+        "gpt2/124m:rotary",
+        "llama3/8b:h100x64",
+    } <= set(SPECS)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -97,8 +102,11 @@ def test_describes_itself(capsys, tmp_path, spec):
     assert cli.main(["train", f"--config={spec}", f"--workdir={tmp_path}/run", "--dry_run", *overrides]) == 0
     out = capsys.readouterr().out
     assert f'"name": "{load(spec).name}"' in out
-    assert re.search(r"^[\d,]+ parameters; [\d,]+ tokens a step; \S+ FLOPs a step \(\d+% of them attention\); \w+ attention \(\w+\)$", out, re.M)
-    assert re.search(r"^mesh: stage \d+ x data \d+ x fsdp \d+ x expert \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$", out, re.M)
+    sizes = r"^[\d,]+ parameters; [\d,]+ tokens a step; "
+    work = r"\S+ FLOPs a step \(\d+% of them attention\); \w+ attention \(\w+\)$"
+    assert re.search(sizes + work, out, re.M)
+    mesh = r"^mesh: stage \d+ x data \d+ x fsdp \d+ x expert \d+ x sequence \d+ x tensor \d+ \(\d+ devices\)$"
+    assert re.search(mesh, out, re.M)
     assert re.search(r"^memory a device: [\d,.]+ MiB of state", out, re.M)
     assert not (tmp_path / "run").exists()
 
@@ -169,7 +177,8 @@ def test_trains_when_shrunk(capsys, tmp_path, spec):
 
 # ---------------------------------------------------------------------------------------------- published models
 
-GPT3 = {  # layers, width, heads, head size, published parameters; batch in tokens, learning rate (arXiv 2005.14165, table 2.1)
+# layers, width, heads, head size, published parameters; batch in tokens, learning rate (arXiv 2005.14165, table 2.1)
+GPT3 = {
     "125m": (12, 768, 12, 64, 125e6, 0.5e6, 6.0e-4),
     "350m": (24, 1024, 16, 64, 350e6, 0.5e6, 3.0e-4),
     "760m": (24, 1536, 16, 96, 760e6, 0.5e6, 2.5e-4),
@@ -250,9 +259,11 @@ def test_first_loss_of_gpt2_is_as_published(recipe, published):
     tokens = np.random.default_rng(0).integers(0, 50_257, (1, 65))
     batch = {
         "tokens": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:]),
-        "positions": jnp.arange(64)[None], "segment_ids": jnp.ones((1, 64), jnp.int32), "loss_weights": jnp.ones((1, 64)),
+        "positions": jnp.arange(64)[None], "segment_ids": jnp.ones((1, 64), jnp.int32),
+        "loss_weights": jnp.ones((1, 64)),
     }  # fmt: skip
     objective = LanguageObjective(segments=cfg.data.mask_documents)
     params = jax.jit(model.init)(rng.stream(cfg.seed, "init"))
-    loss = jax.jit(lambda params: objective.sums(model, params, batch, None)["loss"], compiler_options=QUICK)(params) / 64
+    summed = jax.jit(lambda params: objective.sums(model, params, batch, None)["loss"], compiler_options=QUICK)
+    loss = summed(params) / 64
     assert abs(float(loss) - published) < 0.15

@@ -82,7 +82,9 @@ def test_layers_that_are_not_stacked(name, tmp_path):
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), hub_models.stored(name)[1])
 
 
-@pytest.mark.parametrize("name", ["LLaMA 3.1, tied", *map(slow, ("Mixtral", "GPT-2, head untied", "Gemma 2", "Pythia"))])
+@pytest.mark.parametrize(
+    "name", ["LLaMA 3.1, tied", *map(slow, ("Mixtral", "GPT-2, head untied", "Gemma 2", "Pythia"))]
+)
 def test_shards_bf16_and_a_padded_vocabulary(name, tmp_path):
     source = hub_models.checkpoint(tmp_path / "source", name, dtype="bfloat16", largest=9000)
     assert len(list(source.glob("*.safetensors"))) > 2

@@ -325,8 +325,10 @@ def test_training_flops_counted_by_hand():
     latent = build(decoder(latent=dict(kv_rank=6, query_rank=5, rope_dim=2, value_dim=3)))  # queries 4 + 2, values 3
     found = training_flops(latent.cfg, latent.shapes(), latent.axes(), 12)
     block = 16 * 5 + 5 * 4 * 6 + 16 * (6 + 2) + 6 * 4 * (4 + 3) + 4 * 3 * 16 + 3 * 16 * 24
-    assert (found.matrices, found.attention) == (6 * (2 * block + 30 * 16), 6 * 2 * 4 * (6 + 3) * sum(range(1, 13)) / 12)
-    moe = build(decoder(moe=dict(num_experts=4, top_k=2, expert_dim=8, shared_dim=5, dense_layers=1, balance_bias=True)))
+    attention = 6 * 2 * 4 * (6 + 3) * sum(range(1, 13)) / 12
+    assert (found.matrices, found.attention) == (6 * (2 * block + 30 * 16), attention)
+    sizes = dict(num_experts=4, top_k=2, expert_dim=8, shared_dim=5, dense_layers=1)
+    moe = build(decoder(moe=dict(**sizes, balance_bias=True)))
     experts = training_flops(moe.cfg, moe.shapes(), moe.axes(), 12).matrices
     assert experts == 6 * (2 * 4 * 16 * 16 + 3 * 16 * 24 + 16 * 4 + 3 * 16 * (2 * 8 + 5) + 30 * 16)  # two of four
     found = training_flops(model.cfg, model.shapes(), model.axes(), 12)

@@ -109,6 +109,19 @@ def test_the_trunk_comes_from_the_other_run_and_the_head_is_fresh(pretrained, tu
         origins(ours, theirs | {"stack/w": np.zeros((2, 4))}, "there")
 
 
+def test_a_dry_run_tells_what_another_run_gives_and_whether_it_fits(pretrained, tuned, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(config.to_dict(tuned.cfg)))
+    dry = ["train", f"--config={tmp_path / 'run.json'}", "--dry_run"]
+    assert cli.main(dry) == 0
+    fresh = "labels/classifier/linear/bias, labels/classifier/linear/kernel"
+    told = f"begins at step 0 with the parameters of step 4 of {pretrained}; fresh: {fresh}"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert cli.main([*dry, "--config.model.num_layers=2"]) == 2
+    assert f"{pretrained} does not fit this model: the parameter stack/block_1/" in capsys.readouterr().err
+    assert cli.main([*dry, f"--config.checkpoint.init_from={tmp_path}"]) == 2
+    assert f"there is no run in {tmp_path}" in capsys.readouterr().err
+
+
 def test_the_best_checkpoint_is_the_one_that_is_used(tuned):
     records = [record for record in read_jsonl(f"{tuned.workdir}/metrics.jsonl") if "eval/accuracy" in record]
     best = max(records, key=lambda record: record["eval/accuracy"])
@@ -148,6 +161,11 @@ def test_a_bad_row_of_the_input_is_named_and_nothing_half_is_left(tuned, tmp_pat
     error = capsys.readouterr().err
     assert code == 2 and f"{path}, row 2, column 'text': the text is empty" in error
     assert [file.name for file in tmp_path.iterdir()] == ["new.jsonl"]
+
+
+def test_an_input_that_is_not_there_is_told_by_its_flag(tuned, tmp_path, capsys):
+    assert cli.main(["predict", f"--workdir={tuned.workdir}", f"--input={tmp_path / 'no.jsonl'}"]) == 2
+    assert f"{tmp_path / 'no.jsonl'} does not exist: correct --input." in capsys.readouterr().err
 
 
 def test_predictions_do_not_replace_what_they_are_made_of(tuned, tmp_path, capsys):

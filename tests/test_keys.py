@@ -39,8 +39,8 @@ from llm_jax.data import tokenizers
 from llm_jax.errors import DataError, UserError
 
 BASE = [
-    "train.steps=20", "train.global_batch_size=8", "data.sequence_length=16", "model.max_length=16", "model.num_layers=1",
-    "model.embed_dim=16", "model.num_heads=2", "data.path=PATH/a.txt", "optim.learning_rate=0.01",
+    "train.steps=20", "train.global_batch_size=8", "data.sequence_length=16", "model.max_length=16",
+    "model.num_layers=1", "model.embed_dim=16", "model.num_heads=2", "data.path=PATH/a.txt", "optim.learning_rate=0.01",
 ]  # fmt: skip
 STORY = "Ada has 3 apples. Ben gives her 4 more, so now she has 7.\n\n"
 JSONL = '{"text": "%s", "body": "%s"}\n'
@@ -54,16 +54,20 @@ def folder(tmp_path_factory):
     (folder / "records.jsonl").write_text("".join(JSONL % (f"story {i} " * 9, f"other {i} " * 9) for i in range(80)))
     (folder / "lines.txt").write_text("".join("x" * (1 + 5 * i % 13) + "\n" for i in range(300)))
     story = "Ada has {} apples.\nBen gives her {} more unhappily.\nNow she has so many more apples.\n\n"
-    rare = ["".join(np.random.default_rng(n).choice(list("abcdefghijklmno"), 9)) for n in range(48)]  # of several pieces
+    # Words of several pieces.
+    rare = ["".join(np.random.default_rng(n).choice(list("abcdefghijklmno"), 9)) for n in range(48)]
     (folder / "stories.txt").write_text("".join(story.format(*rare[2 * n : 2 * n + 2]) for n in range(24)))
     plain = "Ada has {} apples.\nBen gives her two more unhappily.\nNow she has so many more apples.\n\n"
-    (folder / "short.txt").write_text("".join(plain.format(number) for number in range(24)))  # rows have room, and are few
+    # Rows have room, and are few.
+    (folder / "short.txt").write_text("".join(plain.format(number) for number in range(24)))
     labelled = [
-        {"text": f"one text {i % 5}", "body": f"another {i} one", "third": "a third", "label": "xy"[i % 2], "tag": "uv"[i % 3 > 0],
-         "number": i % 2, "answers": {"text": ["another"], "answer_start": [0]}} for i in range(80)
+        {"text": f"one text {i % 5}", "body": f"another {i} one", "third": "a third", "label": "xy"[i % 2],
+         "tag": "uv"[i % 3 > 0], "number": i % 2, "answers": {"text": ["another"], "answer_start": [0]}}
+        for i in range(80)
     ]  # fmt: skip
     (folder / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
-    tokenizers.train_wordpiece([story, *(record["text"] + record["body"] for record in labelled)], 300).save(folder / "pieces")
+    texts = [story, *(record["text"] + record["body"] for record in labelled)]
+    tokenizers.train_wordpiece(texts, 300).save(folder / "pieces")
     (folder / "bad.jsonl").write_text((JSONL % ("fine " * 9, "") * 80) + "{\n")
     return folder
 
@@ -86,7 +90,8 @@ LABELLED = (*ENCODER, "data.task=classification", "model.head=text", "data.path=
 TOKENS = (*LABELLED, "model.head=token")
 QUESTIONS = (*TOKENS, "data.task=questions", "data.columns.pair=body", "data.columns.label=answers", "data.stride=1",
              "data.sequence_length=10")  # fmt: skip
-SIMILARITY = (*LABELLED, "data.task=similarity", "model.head=embedding", "data.columns.pair=body", "data.columns.label=label")
+SIMILARITY = (*LABELLED, "data.task=similarity", "model.head=embedding", "data.columns.pair=body",
+              "data.columns.label=label")  # fmt: skip
 CHOICE = (*LABELLED, "data.task=choice", "data.columns.choices=body,third", "data.columns.label=number")
 
 # key: (observer, new value, what the base has besides)

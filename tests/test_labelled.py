@@ -41,8 +41,8 @@ def config(folder, rows=(), task="classification", columns=None, **changes):
     changes.setdefault("validation_fraction", 0.0)
     tokenizer = str(folder / "tokenizer" / "tokenizer.json")
     return DataConfig(
-        task=task, tokenizer=tokenizer, columns=ColumnsConfig(**columns or {}), sequence_length=changes.pop("length", 16),
-        **changes,
+        task=task, tokenizer=tokenizer, columns=ColumnsConfig(**columns or {}),
+        sequence_length=changes.pop("length", 16), **changes,
     )  # fmt: skip
 
 
@@ -120,10 +120,12 @@ ANSWERS = {"text": ["mat"], "answer_start": [4]}
 @pytest.mark.parametrize(
     "task, columns, values, words",
     [
-        ("classification", {}, {"text": "a", "label": "z"}, ["column 'label'", "the label 'z' is not one of the 2 labels (x, y)"]),
+        ("classification", {}, {"text": "a", "label": "z"},
+         ["column 'label'", "the label 'z' is not one of the 2 labels (x, y)"]),
         ("classification", {}, {"text": " ", "label": "x"}, ["column 'text'", "the text is empty"]),
         ("classification", {}, {"text": 3, "label": "x"}, ["column 'text'", "3 (int) stands where a text belongs"]),
-        ("classification", {}, {"words": "a", "label": "x"}, ["column 'text'", "no such column, its columns are words, label"]),
+        ("classification", {}, {"words": "a", "label": "x"},
+         ["column 'text'", "no such column, its columns are words, label"]),
         ("classification", {}, {"text": "a", "label": 0.5}, ["column 'label'", "0.5 stands where a label belongs"]),
         ("classification", {"pair": "second"}, {"text": "a", "label": "x"}, ["column 'second'", "no such column"]),
         ("multilabel", {}, {"text": "a", "label": ["x", "w"]}, ["the label 'w' is not one of"]),
@@ -132,19 +134,26 @@ ANSWERS = {"text": ["mat"], "answer_start": [4]}
         ("regression", {}, {"text": "a", "label": float("nan")}, ["finite number"]),
         ("tokens", {}, {"text": ["a", "b"], "label": ["x"]}, ["1 labels for 2 words"]),
         ("tokens", {}, {"text": ["a", ""], "label": ["x", "x"]}, ["not a list of words, none of them empty"]),
-        ("choice", {"choices": ("c", "d")}, {"text": "a", "c": "b", "d": "e", "label": 2}, ["2 names none of the 2 choices"]),
+        ("choice", {"choices": ("c", "d")}, {"text": "a", "c": "b", "d": "e", "label": 2},
+         ["2 names none of the 2 choices"]),
         ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": ANSWERS},
          ["column 'label'", "the answer 'mat' does not stand at character 4 of the context"]),
-        ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": "cat"}, ["not of the form", "as SQuAD does"]),
-        ("questions", {"pair": "c"}, {"text": "what is it the cat " * 9, "c": "the cat", "label": {"text": [], "answer_start": []}},
+        ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": "cat"},
+         ["not of the form", "as SQuAD does"]),
+        ("questions", {"pair": "c"},
+         {"text": "what is it the cat " * 9, "c": "the cat", "label": {"text": [], "answer_start": []}},
          ["the question alone fills a row of 16 tokens"]),
         ("similarity", {"pair": "c"}, {"text": "a", "c": ""}, ["column 'c'", "empty"]),
-        ("classification", {}, {"text": "\x01", "label": "x"}, ["column 'text'", "the tokenizer leaves nothing of the text"]),
+        ("classification", {}, {"text": "\x01", "label": "x"},
+         ["column 'text'", "the tokenizer leaves nothing of the text"]),
         ("classification", {}, {"text": "a \ud800", "label": "x"}, ["column 'text'", "holds half of a surrogate pair"]),
-        ("tokens", {}, {"text": ["a", "\ud800"], "label": ["x", "x"]}, ["column 'text'", "holds half of a surrogate pair"]),
-        ("tokens", {}, {"text": ["a", "\x01", "b"], "label": ["x", "x", "x"]}, ["nothing of the word '\\x01'", "with its label"]),
+        ("tokens", {}, {"text": ["a", "\ud800"], "label": ["x", "x"]},
+         ["column 'text'", "holds half of a surrogate pair"]),
+        ("tokens", {}, {"text": ["a", "\x01", "b"], "label": ["x", "x", "x"]},
+         ["nothing of the word '\\x01'", "with its label"]),
         ("tokens", {}, {"text": ["a"] * 21, "label": ["x"] * 20}, ["20 labels for 21 words"]),
-        ("choice", {"choices": ("c", "d")}, {"text": "a", "c": "b", "d": "e", "label": "\u00b2"}, ["names none of the 2 choices"]),
+        ("choice", {"choices": ("c", "d")}, {"text": "a", "c": "b", "d": "e", "label": "\u00b2"},
+         ["names none of the 2 choices"]),
         ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": {"text": ["cat"], "answer_start": [-3]}},
          ["does not stand at character -3"]),
         ("questions", {"pair": "c"}, {"text": "what", "c": "the cat", "label": {"text": ["h"], "answer_start": [True]}},
@@ -268,8 +277,9 @@ def words(count, seed=0):
     rng = np.random.default_rng(seed)
     names = ["cat", "dog", "mat", "park", "bird", "the", "a", "on", "in"]
     return [
-        {"text": " ".join(rng.choice(names, rng.integers(1, 14))), "label": "xyz"[int(rng.integers(3))]} for _ in range(count)
-    ]  # fmt: skip
+        {"text": " ".join(rng.choice(names, rng.integers(1, 14))), "label": "xyz"[int(rng.integers(3))]}
+        for _ in range(count)
+    ]
 
 
 def test_texts_are_padded_to_the_shortest_bucket_that_holds_all(folder):

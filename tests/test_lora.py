@@ -24,8 +24,8 @@ from llm_jax.training.arrays import by_path, nested
 RANK = dict(rank=3, alpha=6.0)
 
 
-def gradients(model, params, batch, layout=Layout(), accumulation=1):
-    objective = LanguageObjective()
+def gradients(model, params, batch, layout=None, accumulation=1):
+    layout, objective = layout or Layout(), LanguageObjective()
     found = jax.jit(
         lambda params: step.gradients(
             model, objective, params, batch, layout=layout, seed=0, step=0, accumulation=accumulation

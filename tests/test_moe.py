@@ -138,9 +138,13 @@ def test_every_mesh_gives_what_one_device_gives(x64, capfd, name, sizes):
 @pytest.mark.parametrize("name", ["dropless", "capacity", "dropless, biases"])
 @pytest.mark.parametrize(
     "sizes",
-    [dict(stage=2, expert=2, tensor=2), slow(dict(stage=2, fsdp=2, expert=2)), slow(dict(stage=2, expert=2, sequence=2))],
+    [
+        dict(stage=2, expert=2, tensor=2),
+        slow(dict(stage=2, fsdp=2, expert=2)),
+        slow(dict(stage=2, expert=2, sequence=2)),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_layers_of_two_stages_run_at_once(x64, capfd, name, sizes):
     """As the pipeline runs them: mapped over stages that the mesh splits, then differentiated."""
     assert_close(numbers(CONFIGS[name], mesh_layout(**sizes), stages=2), on_one_device(name, stages=2), atol=1e-10)

@@ -181,7 +181,9 @@ def test_blocks_without_statistics_or_keys(x64):
 
     def stack(params, x, shared):
         sizes = dict(stages=2, repeats=1, microbatches=2)
-        return pipeline(block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
+        return pipeline(
+            block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes
+        )
 
     def reference(params, x, shared):
         for layer in range(4):
@@ -204,7 +206,9 @@ def test_idle_turns_compute_on_real_rows(x64):
 
     def stack(params, x, shared):
         sizes = dict(stages=4, repeats=1, microbatches=3)
-        return pipeline(block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes)
+        return pipeline(
+            block, [LayerKind()] * 4, params, x, None, shared, batched=BATCHED, policy=None, layout=layout, **sizes
+        )
 
     run = jax.jit(functools.partial(results, stack), compiler_options=QUICK)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(arrays, np.arange(6), (d_out, None))))

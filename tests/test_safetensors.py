@@ -100,7 +100,8 @@ DAMAGE = {
     "a header that is no JSON": (garble, "its header is damaged"),
     "hardly a file": (empty, "no safetensors file, or a cut one: 3 bytes"),
     "a shape that lies": (
-        damaged_header(lambda h: h["a"].update(shape=[2, 4])), r"wrong about a: F32\[2, 4\] takes 32 bytes, and its offsets are"
+        damaged_header(lambda h: h["a"].update(shape=[2, 4])),
+        r"wrong about a: F32\[2, 4\] takes 32 bytes, and its offsets are",
     ),
     "a dtype that lies": (damaged_header(lambda h: h["a"].update(dtype="F16")), "the header is wrong about a"),
     "an unknown dtype": (damaged_header(lambda h: h["a"].update(dtype="Q4")), "a has the dtype 'Q4'; known are F64"),

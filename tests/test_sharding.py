@@ -104,7 +104,8 @@ def test_the_optimizer_follows_the_parameters_unless_told_otherwise():
     layout = mesh_layout(2, 4, parameter_rules=("embed=",), optimizer_rules=("embed=data+fsdp",))
     shapes, axes = {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, {"a": ("embed", "mlp")}
     assert layout.parameter_shardings(shapes, axes)["a"].spec == P(None, ("tensor",))
-    assert layout.parameter_shardings(shapes, axes, layout.optimizer_rules)["a"].spec == P(("data", "fsdp"), ("tensor",))
+    of_optimizer = layout.parameter_shardings(shapes, axes, layout.optimizer_rules)
+    assert of_optimizer["a"].spec == P(("data", "fsdp"), ("tensor",))
 
 
 def test_every_parameter_axis_has_an_activation_rule_where_it_is_gathered():

@@ -91,7 +91,10 @@ def test_another_number_is_noticed(tmp_path):
     content = bytearray(file.read_bytes())
     content[5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="params/norm is not what was saved"), SavedArrays(path, SHAPES) as saved:
+    with (
+        pytest.raises(DamagedCheckpoint, match="params/norm is not what was saved"),
+        SavedArrays(path, SHAPES) as saved,
+    ):
         saved.read("params/norm")
 
 
@@ -112,5 +115,8 @@ def test_another_shape_is_refused(tmp_path):
 
 
 def test_half_an_array_has_no_fingerprint(tmp_path):
-    with pytest.raises(ValueError, match="128 numbers were read"), SavedArrays(stream(tmp_path / "run"), SHAPES) as saved:
+    with (
+        pytest.raises(ValueError, match="128 numbers were read"),
+        SavedArrays(stream(tmp_path / "run"), SHAPES) as saved,
+    ):
         saved.read("params/stack/w", (1,))

@@ -253,7 +253,8 @@ def test_the_optimizer_state_waits_in_host_memory(expected):
     offload = (".*kernel",)
     run = start(mesh_layout(2, 2, 2), offload=offload)
     kinds = {
-        path_name(path): x.sharding.memory_kind for path, x in jax.tree_util.tree_leaves_with_path(adam_state(run.state).mu)
+        path_name(path): x.sharding.memory_kind
+        for path, x in jax.tree_util.tree_leaves_with_path(adam_state(run.state).mu)
     }
     assert {kinds[name] for name in kinds if name.endswith("kernel")} == {"pinned_host"}
     assert "pinned_host" not in {kinds[name] for name in kinds if not name.endswith("kernel")}
@@ -364,9 +365,9 @@ def test_the_average_follows_its_formula(single):
 def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
     """In bfloat16, 0.999 a + 0.001 p is a: the average would never move."""
     run = start(ema_decay=0.999, dtype="bfloat16", cfg=SMALL, learning_rate=0.5, warmup_steps=0)
-    old = jax.tree.map(np.asarray, run.state.ema)
+    before = jax.tree.map(np.asarray, run.state.ema)
     state, _ = quick(run)(run.state, run.batch())
-    for new, old in zip(jax.tree.leaves(state.ema), jax.tree.leaves(old), strict=True):
+    for new, old in zip(jax.tree.leaves(state.ema), jax.tree.leaves(before), strict=True):
         assert new.dtype == old.dtype == np.float32
         assert (new != old).mean() > 0.5
 

@@ -1,4 +1,4 @@
-"""Preparing a store may be killed anywhere, torn by a power cut or raced by another process: it ends in the same bytes."""
+"""Preparing a store may be killed anywhere, torn by a power cut or raced by another process: its bytes are the same."""
 
 import os
 import signal

@@ -113,7 +113,8 @@ def function_of(cfg: TransformerConfig) -> TransformerConfig:
     if latent.kv_rank:
         latent = dataclasses.replace(latent, value_dim=latent.value_dim or head_dim)
     if moe.num_experts:
-        training = {n: getattr(default, n) for n in ("capacity_factor", "balance_loss", "router_z_loss", "balance_rate")}
+        of_training = "capacity_factor", "balance_loss", "router_z_loss", "balance_rate"
+        training = {name: getattr(default, name) for name in of_training}
         moe = dataclasses.replace(moe, expert_dim=moe.expert_dim or mlp_dim, **training)
         mlp_dim = mlp_dim if moe.dense_layers else moe.expert_dim
     else:

@@ -103,7 +103,7 @@ def rope_group(keys: Keys) -> tuple[str, Any]:
     """The group that says how positions rotate: `rope_scaling` of transformers 4, `rope_parameters` of 5."""
     older, newer = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     if older and newer and older != newer:
-        raise keys.refuse("rope_scaling", older, "rope_parameters says something else, and only one of them can be meant")
+        raise keys.refuse("rope_scaling", older, "rope_parameters says something else, and one of them alone can hold")
     return ("rope_parameters", newer) if newer else ("rope_scaling", older or {})
 
 

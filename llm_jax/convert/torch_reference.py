@@ -79,7 +79,7 @@ def logits_of(
 
 
 def encoder_outputs(found: Any, head: str, positions: Any) -> Any:
-    """(B, P, V) of an output of transformers: what the head makes of tokens, and behind it of the text, at each place."""
+    """(B, P, V) of an output of transformers: what the head makes of tokens, behind it of the text, at each place."""
     import torch
 
     def everywhere(of_text: Any) -> Any:

@@ -76,7 +76,7 @@ def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Arr
             return jax.nn.gelu(gate) * up
         case "geglu_erf":
             return gelu(gate) * up
-        case "clamped_swiglu":  # GPT-OSS (arXiv 2508.10925): SiLU by 1.702, both halves bounded, 1 added to the linear one
+        case "clamped_swiglu":  # GPT-OSS (arXiv 2508.10925): SiLU by 1.702, both halves bounded, 1 added to the linear
             gate = jnp.minimum(gate, 7.0)
             return (jnp.clip(up, -7.0, 7.0) + 1) * gate * jax.nn.sigmoid(1.702 * gate)
         case "relu":

@@ -109,8 +109,8 @@ def _in_top_groups(ranked: jax.Array, groups: int, top_groups: int, *, of_group:
 
 
 def _pull(load: jax.Array, choices: jax.Array, bias: jax.Array) -> jax.Array:
-    """(B,), 0. The gradient for the bias is E load_e - sum of the loads: whole numbers, so that an even load gives 0, and
-    up to 2^24 their sums over rows are exact in whatever order they are taken. Larger ones have a sure sign."""
+    """(B,), 0. The gradient for the bias is E load_e - sum of the loads: whole numbers, so that an even load gives 0,
+    and up to 2^24 their sums over rows are exact in whatever order they are taken. Larger ones have a sure sign."""
     above = jax.lax.stop_gradient(load.shape[-1] * load - choices[:, None])
     pull = (above * bias.astype(above.dtype)[None]).sum(-1)
     return pull - jax.lax.stop_gradient(pull)

@@ -14,6 +14,7 @@ from llm_jax.kernels.elementwise import normalize
 from llm_jax.models.lora import has_adapter, merged
 from llm_jax.models.quantize import quantized_product
 from llm_jax.precision import Precision, at_least_float32
+from llm_jax.rng import bits16
 from llm_jax.sharding import Layout
 
 
@@ -260,7 +261,7 @@ def dropout(
     *axes: str | None,
     tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate).
+    """Zeroes entries with probability `rate`, to 16 bits, and scales the others by 1 / (1 - rate).
 
     Each row's mask is a function of the key and of the row's number in the global batch, and with `tokens` each token's
     of its place in the row as well: so it is the same on every mesh, in every micro-batch, order and pipeline.
@@ -277,6 +278,7 @@ def dropout(
     keys, shape = each(key, rows), x.shape[1:]
     if tokens is not None:
         keys, shape = jax.vmap(each, (0, None))(keys, tokens), x.shape[2:]
-    draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)  # noqa: E731
+    kept = max(round((1 - rate) * 2**16), 1)  # of 2**16
+    draw = lambda key: bits16(key, shape) <= kept - 1  # noqa: E731
     keep = jax.vmap(draw)(keys) if tokens is None else jax.vmap(jax.vmap(draw))(keys)
-    return jnp.where(layout(keep, *axes), x / (1 - rate), 0)
+    return jnp.where(layout(keep, *axes), x * (2**16 / kept), 0)

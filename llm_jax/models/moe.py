@@ -21,8 +21,8 @@ def expert_dim(cfg: TransformerConfig) -> int:
 class MoE(nn.Module):
     """y = sum over the chosen experts e of p_e(x) MLP_e(x), each MLP_e of the dense block's form.
 
-    Who is chosen, and p_e: `kernels.experts.route`. The router's logits are computed in at least float32, from parameters
-    that are kept as all others are.
+    Who is chosen, and p_e: `kernels.experts.route`. The router's logits are computed in at least float32, from
+    parameters that are kept as all others are.
     """
 
     cfg: TransformerConfig

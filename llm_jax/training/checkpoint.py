@@ -446,6 +446,24 @@ def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree
     return Start(state, None, 0, f"begins at step 0 with the parameters of step {step} of {workdir}{more}")
 
 
+def preview(workdir: str, shapes: Mapping[str, Any]) -> str:
+    """For `train --dry_run`: what a run begins with by `init_from`, told by the newest checkpoint's record alone.
+
+    Args:
+      shapes: of the run's parameters, by path.
+
+    Raises:
+      UserError, DataError: as `start`, where that run is none or does not fit.
+    """
+    _check_there(workdir, None)
+    saved = _saved_shapes(workdir)
+    taken = origins(shapes, saved, workdir) if saved else shapes
+    _fresh_adapters(workdir, shapes)
+    fresh = sorted(path for path in shapes if path not in taken)
+    begins = f"begins at step 0 with the parameters of step {steps(workdir)[-1]} of {workdir}"
+    return begins + (f"; fresh: {some(fresh)}" if fresh else "")
+
+
 def _with_params(state: Tree, params: Tree) -> Tree:
     """A fresh state round other parameters."""
     state = dataclasses.replace(state, params=params)
@@ -465,7 +483,7 @@ def _saved_shapes(workdir: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {path.removeprefix("params/"): shape(entry) for path, entry in saved.items() if path.startswith("params/")}
 
 
-def _fresh_adapters(workdir: str, params: Arrays) -> Arrays:
+def _fresh_adapters(workdir: str, params: Mapping[str, Any]) -> Arrays:
     """The adapters among fresh `params`, where the run in `workdir` has none.
 
     Raises UserError where it has some and this one has not: they would be left out in silence.

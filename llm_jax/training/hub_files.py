@@ -139,7 +139,8 @@ def write_tokenizer(folder: Path, tokenizer: Any, beside: Path | None) -> None:
         special = {} if eos is None else {"eos_token_id": eos}
         run_folder.write_json(folder / "generation_config.json", {"_from_model_config": True} | special)
     if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        special = {"eos_token": name for name, id in tokenizer.special_ids.items() if id == eos}
+        names = [name for name, id in tokenizer.special_ids.items() if id == eos]
+        special = {"eos_token": names[0]} if names else {}
         run_folder.write_json(
             folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special
         )

@@ -113,8 +113,8 @@ def decay_mask(cfg: OptimConfig, axes: Tree) -> Tree:
 
 
 def trainable_mask(cfg: OptimConfig, shapes: Tree) -> Tree:
-    """False at the parameters that a pattern of `cfg.freeze` names; in a model with adapters True at those alone, and at
-    an encoder's head, which has none."""
+    """False at the parameters that a pattern of `cfg.freeze` names; in a model with adapters True at those alone, and
+    at an encoder's head, which has none."""
     frozen = matching_mask("optim.freeze", cfg.freeze, shapes)
     if any(map(is_adapter, paths(shapes))):
         base = _map_paths(lambda path: not is_adapter(path) and not is_head(path), shapes)

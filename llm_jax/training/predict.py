@@ -113,7 +113,7 @@ def predict(
     Raises:
       DataError: a record that cannot be read, with its file, row and column.
     """
-    files = find_files(input)  # told before a model is loaded
+    files = find_files(input, "--input")  # told before a model is loaded
     if output != "-" and os.path.exists(output) and any(os.path.samefile(file.path, output) for file in files):
         raise UserError(f"--output={output}: that is the input, which would be lost; give another file")
     predictor = open_run(workdir, step, overrides, batch_size, embeddings)

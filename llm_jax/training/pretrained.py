@@ -26,7 +26,7 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
-from llm_jax.training import convert, hub_files, restore
+from llm_jax.training import checkpoint, convert, hub_files, restore
 from llm_jax.training.heads import origins
 from llm_jax.training.record import some
 
@@ -145,16 +145,18 @@ def start_from(name: str, params: Any, cfg: Config, workdir: str = "") -> tuple[
 
 
 def preview(cfg: Config, shapes: Any) -> list[str]:
-    """For `train --dry_run`: what `start_from` would take over and leave out. Of the weights it reads the headers,
-    and where a tied head is stored beside its embedding those two.
+    """For `train --dry_run`: what `init_from` would take over and leave out. Of the hub's weights it reads the headers,
+    and where a tied head is stored beside its embedding those two; of a run the newest checkpoint's record.
 
     Args:
       shapes: of the run's parameters, a tree of ShapeDtypeStruct.
 
-    Raises: as `start_from`.
+    Raises: as `start_from`, or `checkpoint.start`.
     """
-    name = cfg.checkpoint.init_from
-    return [Beginning.of(name, convert.by_path(shapes), cfg).told] if name.startswith(HUB) else []
+    name, ours = cfg.checkpoint.init_from, convert.by_path(shapes)
+    if name.startswith(HUB):
+        return [Beginning.of(name, ours, cfg).told]
+    return [checkpoint.preview(name, ours)] if name else []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -333,7 +333,7 @@ def describe(cfg: Config) -> str:
     gradient = sharding.bytes_a_device(jax.tree.map(placed, state.params, shardings))
     if cfg.train.accumulation > 1:  # the sum, in at least float32, and a micro-batch's own
         wide = lambda leaf: leaf.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32))  # noqa: E731
-        gradient += sharding.bytes_a_device(jax.tree.map(lambda l, s: wide(placed(l, s)), state.params, shardings))
+        gradient += sharding.bytes_a_device(jax.tree.map(lambda x, s: wide(placed(x, s)), state.params, shardings))
     return "\n".join(
         [
             json.dumps(to_dict(cfg), indent=2),

@@ -97,7 +97,11 @@ DATA = [  # file, further overrides, words of the line
     ("random.jsonl", (), ["random.jsonl:1 is not"]),
     ("random.parquet", (), ["random.parquet"]),
     ("cut.jsonl.gz", (), ["cut.jsonl.gz ends in the middle", "fetch it again"]),
-    ("large_id.bin", NONE, ["large_id.bin holds the token id 700 (token 3 of the train split)", "model.vocab_size=701"]),
+    (
+        "large_id.bin",
+        NONE,
+        ["large_id.bin holds the token id 700 (token 3 of the train split)", "model.vocab_size=701"],
+    ),
     ("random.bin", NONE, ["random.bin holds the token id", "model.vocab_size"]),
     ("odd.bin", NONE, ["odd.bin has 5 bytes, an odd number", "copy it again"]),
     ("cut_llmc.bin", NONE, ["cut_llmc.bin promises 5000 tokens in its header and holds 100", "copy it again"]),
@@ -180,7 +184,8 @@ def test_a_work_directory_that_cannot_be(refused, workdir):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert cli.main(["train", runs.TINY, f"--workdir={folder}", "--config.train.steps=4", "--config.checkpoint.every=2"]) == 0
+    flags = (f"--workdir={folder}", "--config.train.steps=4", "--config.checkpoint.every=2")
+    assert cli.main(["train", runs.TINY, *flags]) == 0
     return folder
 
 

@@ -30,7 +30,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_killed_at_random_steps_the_losses_are_the_same_bit_for_bit(uninterrupted, tmp_path):
-    """Packing, mixture, dropout, accumulation and the average are on; killed twice, once before the first save or not."""
+    """Packing, mixture, dropout, accumulation and the average are on; killed twice, maybe before the first save."""
     seed = time.time_ns() % 10**6
     print(f"{seed=}")
     first, second = sorted(random.Random(seed).sample(range(1, 40), 2))
@@ -55,7 +55,8 @@ def test_stopped_in_every_other_way_the_losses_are_the_same_bit_for_bit(uninterr
         out, err = runs.outcome(process, 4)
         stopped = runs.last_step(tmp_path)
         assert checkpoint.steps(tmp_path)[-1] == stopped < STEPS
-        assert err.strip().splitlines()[-1].startswith(f"Asked to stop: step {stopped} of {STEPS} is saved in {tmp_path}")
+        last_line = err.strip().splitlines()[-1]
+        assert last_line.startswith(f"Asked to stop: step {stopped} of {STEPS} is saved in {tmp_path}")
 
     process = everything(tmp_path)
     saves = tmp_path / "checkpoints"
@@ -118,12 +119,14 @@ def test_a_run_that_is_finished_can_be_called_again(tiny, tmp_path):
 
 
 def test_a_learning_rate_that_blows_up_stops_the_run_with_code_3(tiny, tmp_path):
-    """The first update makes the parameters absurd but finite; every later step is skipped, counted, and changes nothing."""
+    """The first update makes the parameters absurd but finite; later steps are skipped, counted, and change nothing."""
     overrides = ("--config.optim.name=sgd", "--config.optim.learning_rate=1e38", "--config.optim.clip_norm=0",
-                 "--config.train.max_bad_steps=3", "--config.checkpoint.every=1", "--config.optim.weight_decay=0")  # fmt: skip
+                 "--config.train.max_bad_steps=3", "--config.checkpoint.every=1",
+                 "--config.optim.weight_decay=0")  # fmt: skip
     code, out, err = tiny(*overrides)
     assert code == 3, err
-    assert err.count("\n") == 1 and err.startswith("3 steps in a row, up to step 4, had a loss or gradient that is not finite")
+    assert err.count("\n") == 1
+    assert err.startswith("3 steps in a row, up to step 4, had a loss or gradient that is not finite")
     assert out.count("the step was skipped") == 3
     found = runs.records(tmp_path)
     assert [r["bad_in_a_row"] for r in found] == [0, 1, 2, 3] == [r["bad_total"] for r in found]
@@ -153,7 +156,8 @@ def test_a_bad_batch_is_skipped_counted_and_passed(tiny, tmp_path, monkeypatch):
                             if i in (4, 5):
                                 batch = batch | {"loss_weights": batch["loss_weights"] * np.float32(np.nan)}
                             if i in (4, 6):
-                                seen.append(jax.tree.map(np.asarray, (state.params, state.opt_state, int(state.updates))))
+                                held = (state.params, state.opt_state, int(state.updates))
+                                seen.append(jax.tree.map(np.asarray, held))
                             return compiled(state, batch)
 
                         return call

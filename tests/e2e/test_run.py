@@ -9,7 +9,6 @@ import stat
 import numpy as np
 import pytest
 import runs
-
 from tiny import quick_compiler
 
 from llm_jax import cli, metrics
@@ -67,8 +66,8 @@ def test_each_record_has_what_is_promised(here, tmp_path):
          "--config.log.every=3", "--config.checkpoint.every=2")  # fmt: skip
     found = [r for r in runs.records(tmp_path) if "loss" in r]
     always = {"step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens", "bad_in_a_row", "bad_total"}
-    rates = {"tokens_per_second", "tokens_per_second_per_device", "seconds_per_step", "data_wait_share", "padding_share",
-             "process_bytes_in_use"}  # fmt: skip
+    rates = {"tokens_per_second", "tokens_per_second_per_device", "seconds_per_step", "data_wait_share",
+             "padding_share", "process_bytes_in_use"}  # fmt: skip
     assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6, 7]
     assert all(always <= record.keys() for record in found)
     timed = [record for record in found if rates <= record.keys()]
@@ -102,7 +101,8 @@ def test_generate_streams_one_prompt_and_lists_several(trained, here):
     assert here("generate", flag, "--prompt=Ada is", "--max_tokens=12")[0] == first  # on eight devices
     assert here("generate", flag, "--prompt=Ada is", "--max_tokens=12", "--seed=1")[0] != first
 
-    several, _ = here("generate", flag, "--prompt=Ada is", "--prompt=Ben has a long one", "--num_samples=2", "--max_tokens=12")
+    prompts = ("--prompt=Ada is", "--prompt=Ben has a long one")
+    several, _ = here("generate", flag, *prompts, "--num_samples=2", "--max_tokens=12")
     parts = several.split("--- ")[1:]
     assert [part.split("\n")[0] for part in parts] == [f"{i} of 4" for i in (1, 2, 3, 4)]
     bodies = [part.partition("\n")[2] for part in parts]

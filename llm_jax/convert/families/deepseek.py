@@ -211,7 +211,7 @@ class OfEachHead:
 
 @dataclasses.dataclass(frozen=True)
 class PairsApart:
-    """The last `size` rows of theirs (..., H, in) are pairs of neighbours; ours are all first halves, then all second."""
+    """The last `size` rows of theirs (..., H, in) are pairs of neighbours; ours are all first ones, then all second."""
 
     size: int
 

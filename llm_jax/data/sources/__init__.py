@@ -168,8 +168,12 @@ def open_source(cfg: SourceConfig, validation: bool = False) -> Source:
 # ------------------------------------------------------------------------------------------------ finding files
 
 
-def find_files(path: str) -> list[InputFile]:
-    """The files of a path, folder (all below it, hidden ones left out) or glob, sorted by name."""
+def find_files(path: str, given_by: str = "data.path (or data.validation_path)") -> list[InputFile]:
+    """The files of a path, folder (all below it, hidden ones left out) or glob, sorted by name.
+
+    Raises:
+      DataError: there is none; it says to correct `given_by`.
+    """
     if "://" in path:
         raise DataError(f"{path}: only files that this machine sees as local can be read; copy or mount the data.")
     path = os.path.abspath(os.path.expanduser(path))
@@ -182,10 +186,10 @@ def find_files(path: str) -> list[InputFile]:
         root = os.path.dirname(path[: re.search(r"[*?[]", path).start()])  # the folder before the first wildcard
         found = [(f, os.path.relpath(f, root)) for f in matches]
     else:
-        raise DataError(f"{path} does not exist: correct data.path (or data.validation_path).")
+        raise DataError(f"{path} does not exist: correct {given_by}.")
     if not found:
         what = "is an empty folder" if os.path.isdir(path) else "matches no file"
-        raise DataError(f"{path} {what}: correct data.path (or data.validation_path).")
+        raise DataError(f"{path} {what}: correct {given_by}.")
     return [input_file(f, name) for f, name in sorted(found, key=lambda item: item[1].split(os.sep))]
 
 
