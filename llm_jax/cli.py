@@ -93,5 +93,6 @@ def unknown_argument(parser: argparse.ArgumentParser, argument: str) -> UserErro
     close = did_you_mean(name, flags, f"see {parser.prog} --help")
     return UserError(f"{argument}: {parser.prog} has no such argument; {close}")
 
+
 if __name__ == "__main__":
     sys.exit(main())

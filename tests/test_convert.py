@@ -149,9 +149,7 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_word(depth, more
     unchecked(source, tmp_path / "run")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     names = ", ".join(f"model.layers.{n} ({len(of_last) + 1} tensors)" for n in range(depth, depth + more))
-    assert told == [
-        f"left out, of layers that predict further tokens: {names}; on the way back they are missing"
-    ]
+    assert told == [f"left out, of layers that predict further tokens: {names}; on the way back they are missing"]
     assert_same_bits(export(tmp_path / "run", tmp_path / "back"), own)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 

@@ -73,6 +73,7 @@ def test_gradient_is_finite_with_impossible_ids(smoothing):
 
 # ------------------------------------------------------------------------------------------------- the terms
 
+
 def token_losses(logits, tokens, targets, *places, rows, label_smoothing, chunk, dropout_key, method):
     """A model whose parameters are the logits."""
     assert method == "token_losses" and chunk == 0

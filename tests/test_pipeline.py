@@ -309,7 +309,10 @@ MODELS = {
     "rotary": decoder(**SMALL, remat="full", dropout=dict(embedding=0.1, attention=0.1, mlp_output=0.1)),
     "relative": decoder(**SMALL, positions="relative", relative_buckets=8, relative_max_distance=16),
     "rest": decoder(
-        **SMALL | dict(num_layers=5), remat="dots", layer_pattern=("window", "full"), sliding_window=3,
+        **SMALL | dict(num_layers=5),
+        remat="dots",
+        layer_pattern=("window", "full"),
+        sliding_window=3,
         dropout=dict(mlp_output=0.1),
     ),
     "experts": decoder(**SMALL, remat="dots", moe=dict(num_experts=4, top_k=2, balance_loss=0.1)),

@@ -29,6 +29,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
+
 def gradient_program(name, layout, accumulation, dtype, chunk=0):
     """Compiled: (params, batch) to the gradient, the terms and the weight."""
     model = build(CONFIGS[name], layout, dtype)

@@ -204,9 +204,7 @@ class Attention(nn.Module):
         attend = reference_attention
         if not self.is_initializing():  # that is on one row of one token, which no mesh splits
             attend = attend_with(cfg, self.layout, self.kind, query, mask, drop=drop, cached=bool(cache_length))
-        out = attend(
-            query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=drop, sinks=sinks
-        )
+        out = attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=drop, sinks=sinks)
 
         out = self.layout(out, "batch", "length", "heads", "head_dim")
         return output_projection(cfg, self.layout, self.precision)(out)

@@ -97,7 +97,7 @@ class LanguageObjective:
         return sums
 
     def results(self, totals: dict[str, float]) -> dict[str, float]:
-        """"loss" (nats a token), "accuracy", "tokens" and, where the tokenizer knows the bytes that each token stands
+        """ "loss" (nats a token), "accuracy", "tokens" and, where the tokenizer knows the bytes that each token stands
         for, "bits_per_byte", which compares across tokenizers."""
         tokens = max(totals["tokens"], 1e-9)
         found = {"loss": totals["nats"] / tokens, "accuracy": totals["correct"] / tokens, "tokens": totals["tokens"]}

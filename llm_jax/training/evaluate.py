@@ -80,9 +80,7 @@ def add(totals: dict[str, float], kept: list[dict[str, np.ndarray]], found: Mapp
         kept.append(arrays)
 
 
-def make_evaluator(
-    cfg: Config, stores: Sequence[Any], model: Model, objective: Objective, layout: Layout
-) -> Evaluator:
+def make_evaluator(cfg: Config, stores: Sequence[Any], model: Model, objective: Objective, layout: Layout) -> Evaluator:
     """The evaluation that `cfg.eval` describes, over the validation split of the stores.
 
     Raises:

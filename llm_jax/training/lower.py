@@ -30,9 +30,7 @@ def lower_step(cfg: Config, layout: Layout, platform: str | None = None) -> jax.
         layout = dataclasses.replace(layout, platform={"cuda": "gpu"}.get(platform, platform))
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     steps = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
-    tx = optim.make(
-        cfg.optim, steps, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate
-    )
+    tx = optim.make(cfg.optim, steps, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate)
     ema = cfg.train.ema_decay > 0
     state = train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)
     step = make_train_step(

@@ -43,9 +43,7 @@ def stated_dtype(found: source.Source) -> str | None:
     return found.values.get("dtype") or found.values.get("torch_dtype")
 
 
-def table(
-    moves: Sequence[Move], tensors: dict[str, Tensor], model: registry.Model, layout: Layout, params: str
-) -> str:
+def table(moves: Sequence[Move], tensors: dict[str, Tensor], model: registry.Model, layout: Layout, params: str) -> str:
     splits = by_path(layout.parameter_shardings(model.shapes(), model.axes()))
     lines = [("theirs", "ours", "shape", "dtype", "split over")]
     for move in moves:

@@ -45,9 +45,7 @@ class StreamedCheckpoint:
       depths: {path: how many first axes are written one index at a time}.
     """
 
-    def __init__(
-        self, staging: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], depths: Mapping[str, int]
-    ):
+    def __init__(self, staging: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], depths: Mapping[str, int]):
         self.staging, self.shapes, self.depths = staging, dict(shapes), dict(depths)
         self._workers = pieces.Workers()
         self._written = {path: Written() for path in self.shapes}
@@ -97,9 +95,7 @@ class StreamedCheckpoint:
             written.second += second
             written.count += count
 
-    def _block(
-        self, values: np.ndarray, start: int, stop: int, room: tuple[int, ...], dtype: np.dtype
-    ) -> np.ndarray:
+    def _block(self, values: np.ndarray, start: int, stop: int, room: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Rows `start` to `stop` of `values`, zeros where it has none, contiguous."""
         part, shape = values[start:stop], (stop - start, *room[1:])
         if part.shape == shape and part.flags.c_contiguous and part.dtype == dtype:

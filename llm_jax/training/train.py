@@ -115,9 +115,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     shapes, axes = model.shapes(), model.axes()
     objective = objectives.make(cfg)
     tx = optim.make(cfg.optim, steps, shapes, axes, balance_rate=cfg.model.moe.balance_rate)
-    abstract_state = train_state.abstract(
-        model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload
-    )
+    abstract_state = train_state.abstract(model, tx, layout, ema=cfg.train.ema_decay > 0, offload=cfg.optim.offload)
     evaluator = make_evaluator(cfg, stores, model, objective, layout) if has_validation(cfg) else None
 
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, cfg.checkpoint))  # locks the folder
@@ -364,8 +362,6 @@ def planned(cfg: Config) -> tuple[Config, Layout, registry.Model, TrainState]:
     cfg = with_labels(cfg, [])
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))
     updates = run_steps(cfg) or sys.maxsize  # the data alone knows an epoch's length
-    tx = optim.make(
-        cfg.optim, updates, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate
-    )
+    tx = optim.make(cfg.optim, updates, model.shapes(), model.axes(), balance_rate=cfg.model.moe.balance_rate)
     ema = cfg.train.ema_decay > 0
     return cfg, layout, model, train_state.abstract(model, tx, layout, ema=ema, offload=cfg.optim.offload)

@@ -53,6 +53,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def llm_jax(capsys):
     """A command in this process; gives its stdout and stderr, and asserts the exit code."""
+
     def call(*arguments, code=0):
         capsys.readouterr()
         with quick_compiler():
@@ -219,6 +220,7 @@ def test_a_damaged_tokenizer_is_named(llm_jax, refused, run):
 
 def test_damaged_checkpoints_fall_back_and_then_stop_the_run(llm_jax, run):
     """The newest is put aside; where all are damaged the run stops with code 5 and never starts over by itself."""
+
     def damage(step):
         for file in (run / "checkpoints" / str(step)).rglob("*"):
             if file.is_file() and file.parent.name == "d":

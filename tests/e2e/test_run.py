@@ -37,6 +37,7 @@ def trained(folder):
 @pytest.fixture
 def here(capsys):
     """`llm-jax` inside this process, which has eight devices; asserts the exit code and that there is no traceback."""
+
     def call(*arguments, code=0):
         capsys.readouterr()
         with quick_compiler():

@@ -1,6 +1,6 @@
 """Writes encoder_models.json and encoder_outputs.npz: what transformers makes of the models of tests/hub_encoders.py.
 
-    PYTHONPATH=.:tests python tests/golden/make_encoder_references.py
+PYTHONPATH=.:tests python tests/golden/make_encoder_references.py
 """
 
 import json

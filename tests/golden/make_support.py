@@ -1,6 +1,6 @@
 """Writes llm_jax/convert/support.json: which tiny models of the tests prove each architecture of `convert --list`.
 
-    python tests/golden/make_support.py
+python tests/golden/make_support.py
 """
 
 import json

@@ -125,6 +125,4 @@ def qwen3_moe_rules(cfg: DecoderConfig, names: Collection[str]) -> list[Rule]:
 
 
 MIXTRAL = Family("Mixtral", "MixtralForCausalLM", "mixtral", read_mixtral, write_mixtral, mixtral_rules)
-QWEN3_MOE = Family(
-    "Qwen 3 MoE", "Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, write_qwen3_moe, qwen3_moe_rules
-)
+QWEN3_MOE = Family("Qwen 3 MoE", "Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, write_qwen3_moe, qwen3_moe_rules)
