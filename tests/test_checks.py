@@ -93,7 +93,6 @@ REFUSED = [
     (["model.remat=names", "model.remat_save=querry"], ["model.remat_save = 'querry'", "did you mean query?"]),
     (["model.remat=names", "model.remat_save=query,query=host"], ["model.remat_save = 'query'", "named twice"]),
     (["model.remat=names", "model.activation=gelu", "model.remat_save=mlp_gate"], ["'mlp_gate'", "has no gate"]),
-    (["model.remat=names", "model.moe.num_experts=4", "model.remat_save=mlp_up"], ["'mlp_up'", "experts"]),
     (["model.remat=names", "model.remat_save=query=disk"], ["model.remat_save = 'query=disk'", "NAME=host"]),
     # the data
     (["data.sequence_length=2048"], ["data.sequence_length = 2048", "model.max_length = 1024"]),

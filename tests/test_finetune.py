@@ -119,7 +119,7 @@ def test_a_dry_run_tells_what_another_run_gives_and_whether_it_fits(pretrained, 
     assert cli.main([*dry, "--config.model.num_layers=2"]) == 2
     assert f"{pretrained} does not fit this model: the parameter stack/block_1/" in capsys.readouterr().err
     assert cli.main([*dry, f"--config.checkpoint.init_from={tmp_path}"]) == 2
-    assert f"there is no run in {tmp_path}" in capsys.readouterr().err
+    assert f"{tmp_path} is not a run's folder" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_is_the_one_that_is_used(tuned):

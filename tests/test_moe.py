@@ -365,6 +365,38 @@ def test_scanned_and_recomputed_layers_give_what_each_alone_gives(x64, name):
     assert_close(found, loss(one_by_one)(params, x), atol=1e-10)
 
 
+def count(jaxpr, primitive):
+    """How often a jaxpr and those inside of it apply a primitive."""
+    inner = [sub for equation in jaxpr.eqns for sub in jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"))]  # fmt: skip
+    inner = [getattr(sub, "jaxpr", sub) for sub in inner]
+    own = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
+    return own + sum(count(sub, primitive) for sub in inner if hasattr(sub, "eqns"))
+
+
+KEPT = {"nothing": ((), 12), "up and gate": (("mlp_up", "mlp_gate"), 10),
+        "all": (("mlp_up", "mlp_gate", "mlp_output"), 9)}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(fsdp=2, expert=4)], ids=["one device", "fsdp, expert"])
+@pytest.mark.parametrize("kept", KEPT)
+def test_products_whose_results_are_kept_are_not_computed_again(kept, sizes):
+    """Of an expert's three products: forward once, backward twice each, and again what the policy does not keep."""
+    names, expected = KEPT[kept]
+    cfg, layout = decoder(activation="swiglu", moe=dict(num_experts=8)), mesh_layout(**sizes) if sizes else None
+    module = build(cfg, layout, "float32")
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(params, x):
+        return module.apply({"params": params}, x)[0]
+
+    shapes, _ = shapes_and_axes(module)
+    x = jax.ShapeDtypeStruct((ROWS, LENGTH, EMBED), jnp.float32)
+    gradient = jax.make_jaxpr(jax.grad(lambda params, x: jnp.square(layer(params, x)).sum(), (0, 1)))(shapes, x)
+    assert count(gradient.jaxpr, "ragged_dot_general") == expected
+
+
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_routing_is_decided_in_float32_and_outputs_keep_their_dtype(name):
     x, _, segments = batch()

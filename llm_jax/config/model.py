@@ -13,8 +13,11 @@ from llm_jax.config.schema import (
 )
 from llm_jax.config.values import did_you_mean, divisors, nearest_multiples, refuse
 
-# What `model.remat_save` may name: the tensors of a block that the backward pass can find kept.
-TENSOR_NAMES = ("layer_input", "query", "key", "value", "attention", "attention_output", "mlp_gate", "mlp_up")
+# What `model.remat_save` may name: the tensors of a block that the backward pass can find kept. Of experts the "mlp"
+# ones are of all rows that they work on: top_k times as many as of an MLP.
+TENSOR_NAMES = (
+    "layer_input", "query", "key", "value", "attention", "attention_output", "mlp_gate", "mlp_up", "mlp_output",
+)  # fmt: skip
 GATED = ("swiglu", "geglu", "geglu_erf", "clamped_swiglu")
 NEEDS_LATENT = ("query_rank", "rope_dim", "value_dim")
 
@@ -210,8 +213,6 @@ def check_lora(lora: LoraConfig) -> None:
 
 def check_remat(model: TransformerConfig) -> None:
     absent = {} if model.activation in GATED else {"mlp_gate": f"model.activation = {model.activation} has no gate"}
-    if model.moe.num_experts and not model.moe.shared_dim and not model.moe.dense_layers:
-        absent = dict.fromkeys(("mlp_gate", "mlp_up"), "experts have no such tensors: their products keep their inputs")
     names = [entry.partition("=")[0] for entry in model.remat_save]
     for entry in model.remat_save:
         name, equals, place = entry.partition("=")

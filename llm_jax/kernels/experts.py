@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.kernels.exchange import Exchange, sort_by_group
@@ -226,8 +227,10 @@ def _run_experts(x: jax.Array, counts: jax.Array, bank: Bank, activation: Activa
         y = grouped_product(x, kernel, counts)
         return y if bias is None else y + bias.at[expert].get(mode="fill", fill_value=0)
 
-    gate = None if bank.gate is None else linear(x, bank.gate, bank.gate_bias)
-    return linear(activation(linear(x, bank.up, bank.up_bias), gate), bank.down, bank.down_bias)
+    up, gate = checkpoint_name(linear(x, bank.up, bank.up_bias), "mlp_up"), None
+    if bank.gate is not None:
+        gate = checkpoint_name(linear(x, bank.gate, bank.gate_bias), "mlp_gate")
+    return linear(activation(up, gate), bank.down, bank.down_bias)
 
 
 # ------------------------------------------------------------------------------------------------ dropless
@@ -341,7 +344,7 @@ def _dropless_local(
     else:
         exchange = Exchange(split.axes("expert"), parts, len(x) * min(k, local_experts))
         done = exchange.run(rows, pairs.counts, run)
-    done = done[pairs.place].reshape(len(x), k, -1)
+    done = checkpoint_name(done[pairs.place], "mlp_output").reshape(len(x), k, -1)  # the weights' gradients need it
     y = wide_einsum("nk,nkd->nd", weights.astype(x.dtype), done)
     return y.astype(x.dtype).reshape(1, *shape)
 
@@ -400,10 +403,12 @@ def capacity(
         y = jnp.einsum("becd,edf->becf", x, kernel)
         return move(y if bias is None else y + bias[None, :, None], "batch", "expert", "length", axis)
 
-    gate = None if bank.gate is None else linear(buffers, bank.gate, bank.gate_bias, "mlp")
-    hidden = activation(linear(buffers, bank.up, bank.up_bias, "mlp"), gate)
-    done = linear(hidden, bank.down, bank.down_bias, "embed")
+    up, gate = checkpoint_name(linear(buffers, bank.up, bank.up_bias, "mlp"), "mlp_up"), None
+    if bank.gate is not None:
+        gate = checkpoint_name(linear(buffers, bank.gate, bank.gate_bias, "mlp"), "mlp_gate")
+    done = linear(activation(up, gate), bank.down, bank.down_bias, "embed")
     done = move(move(done, "batch", None, "length", None), "batch", None, None, None)
+    done = checkpoint_name(done, "mlp_output")
 
     kept = slot < num_experts * size
     found = jnp.take_along_axis(

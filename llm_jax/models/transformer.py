@@ -60,8 +60,7 @@ class MLP(nn.Module):
         if cfg.activation in GATED:
             gate = self.layout(Linear(*wide, name="gate")(x), "batch", "length", "mlp")
             gate = checkpoint_name(gate, "mlp_gate")
-        hidden = activate(cfg.activation, up, gate)
-        return Linear(
+        down = Linear(
             cfg.embed_dim,
             ("mlp", "embed"),
             linear_init(cfg, residual=True),
@@ -69,7 +68,8 @@ class MLP(nn.Module):
             self.precision,
             use_bias=cfg.bias == "all",
             name="down",
-        )(hidden)
+        )
+        return checkpoint_name(down(activate(cfg.activation, up, gate)), "mlp_output")
 
 
 class Block(nn.Module):

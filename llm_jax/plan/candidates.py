@@ -16,6 +16,7 @@ Changes = dict[str, object]  # of keys of a config
 
 # What the backward pass finds kept, from the least memory to the most.
 QUERIES = ("layer_input", "query", "key", "value")
+EXPERTS = ("mlp_up", "mlp_gate", "mlp_output")
 REMAT: tuple[Changes, ...] = (
     {"model.remat": "full", "model.remat_save": ()},
     {"model.remat": "names", "model.remat_save": QUERIES},
@@ -23,6 +24,10 @@ REMAT: tuple[Changes, ...] = (
     {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", "mlp_up", "mlp_gate")},
     {"model.remat": "dots", "model.remat_save": ()},
     {"model.remat": "none", "model.remat_save": ()},
+)
+REMAT_OF_EXPERTS: tuple[Changes, ...] = (  # whose products are not computed again
+    {"model.remat": "names", "model.remat_save": ("layer_input", *EXPERTS)},
+    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", *EXPERTS)},
 )
 MOST_TENSOR = 16
 
@@ -46,7 +51,8 @@ def candidates(cfg: Config, machine: Topology) -> Iterator[Candidate]:
             continue
         own = cfg.train.global_batch_size // base.layout.batch_shards
         chunks = sorted({cfg.train.loss_chunk, 0})  # all logits at once are computed once
-        for remat, pieces, chunk in itertools.product(REMAT, divisors(own), chunks):
+        ways = REMAT + (REMAT_OF_EXPERTS if cfg.model.moe.num_experts else ())
+        for remat, pieces, chunk in itertools.product(ways, divisors(own), chunks):
             changes = mesh | remat | {"train.accumulation": pieces, "train.loss_chunk": chunk}
             if (candidate := weigh(base, changes)) is not None:
                 yield candidate

@@ -87,6 +87,7 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     """Numbers a token and layer that the backward pass finds kept, by name. "=host" names are left out."""
     names = named(size)
     stream, up = names["layer_input"], names["mlp_up"]
+    experts = model.moe.num_experts > 0
     if model.remat == "names":
         return {"layer_input": stream} | {name: names[name] for name in model.remat_save if name in names}
     if model.remat == "full":
@@ -96,6 +97,8 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
         return dots | {"attention_output": stream}
     rotated = (size.heads + size.kv) * (model.positions == "rotary")
     inside = {"norms": 4 * stream, "middle": stream, "rotated": rotated, "hidden": up * (3 if size.gated else 5)}
+    if not experts:
+        del names["mlp_output"]  # no gradient needs it but those of experts' weights
     return names | inside
 
 
@@ -103,7 +106,7 @@ def named(size: Sizes) -> dict[str, float]:
     """Numbers a token and layer of the tensors that `model.remat_save` can name."""
     stream, up = size.width / size.residual, size.mlp * size.rows
     return {"layer_input": stream, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-            "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated}  # fmt: skip
+            "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated, "mlp_output": stream * size.rows}  # fmt: skip
 
 
 def memory(setting: Setting, size: Sizes) -> Memory:
@@ -194,16 +197,17 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     qkv, out = 2 * size.width * (size.heads + 2 * size.kv), 2 * size.width * size.heads
     up, down = 2 * size.width * size.mlp * (1 + size.gated), 2 * size.width * size.mlp
     again = {"full": qkv + out, "names": out}.get(model.remat, 0.0)
+    experts = model.moe.num_experts > 0
     again_up, saved = 0.0, set()
     if model.remat == "names":
         saved = {name.removesuffix("=host") for name in model.remat_save}
         again -= out if "attention_output" in saved else 0.0
         again += 0.0 if {"query", "key", "value"} <= saved else qkv
         again_up = 0.0 if "mlp_up" in saved and ("mlp_gate" in saved or not size.gated) else up
+        again_up += down if experts and "mlp_output" not in saved else 0.0
     elif model.remat == "full":
-        again_up = up
+        again_up = up + (down if experts else 0.0)  # the gradients of experts' weights need their results
     head = 2 * size.width * model.vocab_size / vocab_parts(setting) * (4 if setting.cfg.train.loss_chunk else 3)
-    experts = model.moe.num_experts > 0
     layer = 3 * (qkv + out) + again
     mlp = (3 * (up + down) + again_up) * (size.rows if experts else 1.0)
     dense = tokens * (size.layers * (layer + (0 if experts else mlp)) + head)
