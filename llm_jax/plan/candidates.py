@@ -27,6 +27,7 @@ REMAT: tuple[Changes, ...] = (
 )
 REMAT_OF_EXPERTS: tuple[Changes, ...] = (  # whose products are not computed again
     {"model.remat": "names", "model.remat_save": ("layer_input", *EXPERTS)},
+    {"model.remat": "names", "model.remat_save": ("layer_input", "attention", "attention_output", *EXPERTS)},
     {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", *EXPERTS)},
 )
 MOST_TENSOR = 16
