@@ -383,8 +383,8 @@ KEPT = {"nothing": ((), 12), "up and gate": (("mlp_up", "mlp_gate"), 10),
 def test_products_whose_results_are_kept_are_not_computed_again(kept, sizes):
     """Of an expert's three products: forward once, backward twice each, and again what the policy does not keep."""
     names, expected = KEPT[kept]
-    cfg, layout = decoder(activation="swiglu", moe=dict(num_experts=8)), mesh_layout(**sizes) if sizes else None
-    module = build(cfg, layout, "float32")
+    layout = mesh_layout(**sizes) if sizes else None
+    module = build(decoder(activation="swiglu", moe=dict(num_experts=8)), layout, "float32")
     policy = jax.checkpoint_policies.save_only_these_names(*names)
 
     @functools.partial(jax.checkpoint, policy=policy)

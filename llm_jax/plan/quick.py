@@ -105,8 +105,9 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
 def named(size: Sizes) -> dict[str, float]:
     """Numbers a token and layer of the tensors that `model.remat_save` can name."""
     stream, up = size.width / size.residual, size.mlp * size.rows
-    return {"layer_input": stream, "query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads,
-            "attention_output": stream, "mlp_up": up, "mlp_gate": up * size.gated, "mlp_output": stream * size.rows}  # fmt: skip
+    attention = {"query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads}
+    mlp = {"mlp_up": up, "mlp_gate": up * size.gated, "mlp_output": size.width * size.rows}
+    return {"layer_input": stream} | attention | {"attention_output": stream} | mlp
 
 
 def memory(setting: Setting, size: Sizes) -> Memory:
