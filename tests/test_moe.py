@@ -367,11 +367,12 @@ def test_scanned_and_recomputed_layers_give_what_each_alone_gives(x64, name):
 
 def count(jaxpr, primitive):
     """How often a jaxpr and those inside of it apply a primitive."""
-    inner = [sub for equation in jaxpr.eqns for sub in jax.tree.leaves(
-        list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"))]  # fmt: skip
-    inner = [getattr(sub, "jaxpr", sub) for sub in inner]
-    own = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
-    return own + sum(count(sub, primitive) for sub in inner if hasattr(sub, "eqns"))
+    found = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        is_jaxpr = lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")  # noqa: E731
+        inner = filter(is_jaxpr, jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr))
+        found += sum(count(getattr(sub, "jaxpr", sub), primitive) for sub in inner)
+    return found
 
 
 KEPT = {"nothing": ((), 12), "up and gate": (("mlp_up", "mlp_gate"), 10),
