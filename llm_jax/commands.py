@@ -34,7 +34,7 @@ def train_command(args: argparse.Namespace) -> int:
     if args.print_sharding:
         print(train.sharding_table(cfg))
     elif args.dry_run:
-        print(train.describe(cfg))
+        print(train.describe(cfg, workdir))
     else:
         train.train(cfg, workdir, args.executable)
     return 0

@@ -14,12 +14,12 @@ def stream(seed: int | jax.Array, name: str, step: int | jax.Array = 0) -> jax.A
     Streams with different names are independent; `step` may be traced. The name enters through CRC-32, which is the
     same in every process and Python version (unlike `hash`).
     """
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(name.encode()))
     return jax.random.fold_in(key, step)
 
 
 def bits16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform uint16 of `shape`, (..., N): the threefry cipher of each one's place.
+    """Uniform uint16 of `shape`: the threefry cipher of each one's place.
 
     `jax.random.bits` makes a block of 64 bits for each number and keeps as many as it needs; here four numbers share a
     block, and the masks of dropout, most of a model's random numbers, take a quarter of the time.
@@ -27,10 +27,10 @@ def bits16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Args:
       key: a typed threefry key, scalar.
     """
-    *lines, size = shape
+    *lines, size = shape or (1,)
     blocks = (*lines, -(-size // 4))
     line = jnp.arange(math.prod(lines), dtype=jnp.uint32).reshape(*lines, 1)
     place = jax.lax.broadcasted_iota(jnp.uint32, blocks, len(lines))
     words = jnp.stack(threefry2x32_p.bind(*jax.random.key_data(key), jnp.broadcast_to(line, blocks), place), axis=-1)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)  # (..., N / 4, 2, 2)
-    return halves.reshape(*lines, 4 * blocks[-1])[..., :size]
+    return halves.reshape(*lines, 4 * blocks[-1])[..., :size].reshape(shape)

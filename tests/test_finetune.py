@@ -111,13 +111,18 @@ def test_the_trunk_comes_from_the_other_run_and_the_head_is_fresh(pretrained, tu
 
 def test_a_dry_run_tells_what_another_run_gives_and_whether_it_fits(pretrained, tuned, tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps(config.to_dict(tuned.cfg)))
-    dry = ["train", f"--config={tmp_path / 'run.json'}", "--dry_run"]
+    dry = ["train", f"--config={tmp_path / 'run.json'}", "--dry_run", f"--workdir={tmp_path / 'new'}"]
     assert cli.main(dry) == 0
     fresh = "labels/classifier/linear/bias, labels/classifier/linear/kernel"
     told = f"begins at step 0 with the parameters of step 4 of {pretrained}; fresh: {fresh}"
-    assert capsys.readouterr().out.splitlines()[-1] == told
+    *_, line, labels = capsys.readouterr().out.splitlines()
+    assert line == told and labels == "its head is told as for 2 labels; how many there are the data will say"
+    assert cli.main([*dry[:-1], f"--workdir={tuned.workdir}"]) == 0
+    assert f"goes on from step {checkpoint.steps(tuned.workdir)[-1]} of" in capsys.readouterr().out.splitlines()[-1]
     assert cli.main([*dry, "--config.model.num_layers=2"]) == 2
-    assert f"{pretrained} does not fit this model: the parameter stack/block_1/" in capsys.readouterr().err
+    assert "does not fit this config: it has no params/stack/block_1/" in capsys.readouterr().err
+    assert cli.main([*dry, "--config.precision.params=bfloat16"]) == 2
+    assert "is float32[16] there and bfloat16[16] here" in capsys.readouterr().err
     assert cli.main([*dry, f"--config.checkpoint.init_from={tmp_path}"]) == 2
     assert f"{tmp_path} is not a run's folder" in capsys.readouterr().err
 

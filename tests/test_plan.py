@@ -222,6 +222,35 @@ def test_meshes_over_nodes_say_so():
         assert changes["mesh.across_slices"] in (("data=4",), ("fsdp=4",))
 
 
+def experts(*changes):
+    return small("model.moe.num_experts=8", "model.mlp_dim=4096", "train.loss_chunk=0", *changes)
+
+
+KEEPS = ("layer_input", "mlp_up", "mlp_gate", "mlp_output")
+
+
+def test_kept_results_of_experts_cost_memory_and_save_products():
+    again = {}
+    for name, remat in {"full": "full", "kept": "names", "dots": "dots", "none": "none"}.items():
+        save = [f"model.remat_save={','.join(KEEPS)}"] if remat == "names" else []
+        found = quick_estimate(experts(f"model.remat={remat}", *save))
+        again[name] = found.memory.activations, found.times.kernel
+    assert again["full"][0] < again["dots"][0] < again["kept"][0] < again["none"][0]
+    assert again["full"][1] == pytest.approx(again["dots"][1], rel=0.1)  # no product of experts is a "dot"
+    assert again["kept"][1] < 0.85 * again["full"][1]
+
+
+def test_the_search_keeps_results_of_experts_with_and_without_a_gate():
+    for activation, gate in (("swiglu", {"mlp_gate"}), ("gelu", set())):
+        cfg = experts(f"model.activation={activation}").cfg
+        saved = [set(way["model.remat_save"]) for way in candidates.ways_of_remat(cfg.model)]
+        assert {"layer_input", "mlp_up", "mlp_output"} | gate in saved
+        assert all("mlp_gate" in names for names in saved if "mlp_up" in names) == bool(gate)
+        assert any(
+            "mlp_output" in one.changes["model.remat_save"] for one in candidates.candidates(cfg, topology("h100:1x8"))
+        )
+
+
 def test_remedies_fit_and_the_refusal_names_what_does_not():
     setting = small("model.num_layers=32", "model.remat=none", "train.global_batch_size=64")
     found = quick_estimate(setting)

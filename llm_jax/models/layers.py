@@ -261,7 +261,7 @@ def dropout(
     *axes: str | None,
     tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Zeroes entries with probability `rate`, to 16 bits, and scales the others by 1 / (1 - rate).
+    """Zeroes entries with probability `rate`, rounded to 16 bits, and scales the others by 1 / (1 - the rounded rate).
 
     Each row's mask is a function of the key and of the row's number in the global batch, and with `tokens` each token's
     of its place in the row as well: so it is the same on every mesh, in every micro-batch, order and pipeline.

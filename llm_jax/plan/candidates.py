@@ -5,7 +5,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from llm_jax.config import Config, check, check_devices
+from llm_jax.config import Config, TransformerConfig, check, check_devices
+from llm_jax.config.model import GATED
 from llm_jax.config.resolve import override
 from llm_jax.errors import UserError
 from llm_jax.plan.hardware import Topology
@@ -52,11 +53,18 @@ def candidates(cfg: Config, machine: Topology) -> Iterator[Candidate]:
             continue
         own = cfg.train.global_batch_size // base.layout.batch_shards
         chunks = sorted({cfg.train.loss_chunk, 0})  # all logits at once are computed once
-        ways = REMAT + (REMAT_OF_EXPERTS if cfg.model.moe.num_experts else ())
-        for remat, pieces, chunk in itertools.product(ways, divisors(own), chunks):
+        for remat, pieces, chunk in itertools.product(ways_of_remat(cfg.model), divisors(own), chunks):
             changes = mesh | remat | {"train.accumulation": pieces, "train.loss_chunk": chunk}
             if (candidate := weigh(base, changes)) is not None:
                 yield candidate
+
+
+def ways_of_remat(model: TransformerConfig) -> list[Changes]:
+    """Those that name no tensor which the model has not."""
+    absent = () if model.activation in GATED else ("mlp_gate",)
+    ways = REMAT + (REMAT_OF_EXPERTS if model.moe.num_experts else ())
+    there = lambda names: tuple(name for name in names if name not in absent)  # noqa: E731
+    return [way | {"model.remat_save": there(way["model.remat_save"])} for way in ways]
 
 
 def weigh(base: Setting, changes: Changes) -> Candidate | None:

@@ -38,6 +38,7 @@ class Sizes:
       tokens: of a micro-batch; micro: micro-batches; layers: of this device's stages.
       width, mlp, heads, kv: numbers a token, the device's part of what is split.
       rows: of the experts' products for each token (1 without experts).
+      results: of experts for each token, once they are back at it (1 without experts).
       residual: parts of the residual stream.
     """
 
@@ -49,6 +50,7 @@ class Sizes:
     heads: float
     kv: float
     rows: float
+    results: float
     residual: int
     gated: bool
 
@@ -60,15 +62,17 @@ def sizes(setting: Setting) -> Sizes:
     rows = float(model.moe.top_k) if experts else 1.0
     if experts and mesh["expert"] > 1:
         rows = float(mesh["expert"] * min(model.moe.top_k, experts // mesh["expert"]))
+    width = (model.moe.expert_dim if experts else 0) or model.mlp_dim or 4 * model.embed_dim
     return Sizes(
         tokens=setting.tokens / split / cfg.train.accumulation,
         micro=cfg.train.accumulation,
         layers=sum(len(s.kinds) / (layout.stages if s.name == "blocks" else 1) for s in segments(model)),
         width=model.embed_dim,
-        mlp=(model.mlp_dim or 4 * model.embed_dim) / mesh["tensor"],
+        mlp=width / mesh["tensor"],
         heads=model.num_heads * head_dim(model) / mesh["tensor"],
         kv=num_kv_heads(model) * head_dim(model) / mesh["tensor"],
         rows=rows,
+        results=model.moe.top_k * (model.moe.capacity_factor or 1.0) if experts else 1.0,
         residual=max(layout.activation_pieces("residual_length") // layout.activation_pieces("length"), 1),
         gated="glu" in model.activation,
     )
@@ -87,26 +91,38 @@ def kept(model: TransformerConfig, size: Sizes) -> dict[str, float]:
     """Numbers a token and layer that the backward pass finds kept, by name. "=host" names are left out."""
     names = named(size)
     stream, up = names["layer_input"], names["mlp_up"]
-    experts = model.moe.num_experts > 0
+    if not needs_output(model):
+        names["mlp_output"] = 0
     if model.remat == "names":
         return {"layer_input": stream} | {name: names[name] for name in model.remat_save if name in names}
     if model.remat == "full":
         return {"layer_input": stream}
     if model.remat in ("dots", "dots_no_batch"):
-        dots = {name: names[name] for name in ("layer_input", "query", "key", "value", "mlp_up", "mlp_gate")}
-        return dots | {"attention_output": stream}
+        attention = {name: names[name] for name in ("layer_input", "query", "key", "value", "attention_output")}
+        return attention | {name: names[name] for name in MLP_NAMES if keeps_products(model)}
     rotated = (size.heads + size.kv) * (model.positions == "rotary")
     inside = {"norms": 4 * stream, "middle": stream, "rotated": rotated, "hidden": up * (3 if size.gated else 5)}
-    if not experts:
-        del names["mlp_output"]  # no gradient needs it but those of experts' weights
     return names | inside
+
+
+MLP_NAMES = ("mlp_up", "mlp_gate", "mlp_output")
+
+
+def needs_output(model: TransformerConfig) -> bool:
+    """Whether some gradient needs what the MLP gives: of experts' weights, of a norm behind it."""
+    return model.moe.num_experts > 0 or model.norm_placement in ("post", "sandwich", "output")
+
+
+def keeps_products(model: TransformerConfig) -> bool:
+    """Whether remat "dots" finds the MLP's products kept: grouped ones are no dots; with capacity experts are a batch."""
+    return not model.moe.num_experts or (model.moe.capacity_factor > 0 and model.remat == "dots")
 
 
 def named(size: Sizes) -> dict[str, float]:
     """Numbers a token and layer of the tensors that `model.remat_save` can name."""
     stream, up = size.width / size.residual, size.mlp * size.rows
     attention = {"query": size.heads, "key": size.kv, "value": size.kv, "attention": size.heads}
-    mlp = {"mlp_up": up, "mlp_gate": up * size.gated, "mlp_output": size.width * size.rows}
+    mlp = {"mlp_up": up, "mlp_gate": up * size.gated, "mlp_output": size.width * size.results}
     return {"layer_input": stream} | attention | {"attention_output": stream} | mlp
 
 
@@ -198,16 +214,16 @@ def computed_flops(setting: Setting, size: Sizes) -> tuple[dict[str, float], tup
     qkv, out = 2 * size.width * (size.heads + 2 * size.kv), 2 * size.width * size.heads
     up, down = 2 * size.width * size.mlp * (1 + size.gated), 2 * size.width * size.mlp
     again = {"full": qkv + out, "names": out}.get(model.remat, 0.0)
-    experts = model.moe.num_experts > 0
     again_up, saved = 0.0, set()
     if model.remat == "names":
         saved = {name.removesuffix("=host") for name in model.remat_save}
         again -= out if "attention_output" in saved else 0.0
         again += 0.0 if {"query", "key", "value"} <= saved else qkv
         again_up = 0.0 if "mlp_up" in saved and ("mlp_gate" in saved or not size.gated) else up
-        again_up += down if experts and "mlp_output" not in saved else 0.0
-    elif model.remat == "full":
-        again_up = up + (down if experts else 0.0)  # the gradients of experts' weights need their results
+        again_up += down if needs_output(model) and "mlp_output" not in saved else 0.0
+    elif model.remat == "full" or (model.remat != "none" and not keeps_products(model)):
+        again_up = up + (down if needs_output(model) else 0.0)
+    experts = model.moe.num_experts > 0
     head = 2 * size.width * model.vocab_size / vocab_parts(setting) * (4 if setting.cfg.train.loss_chunk else 3)
     layer = 3 * (qkv + out) + again
     mlp = (3 * (up + down) + again_up) * (size.rows if experts else 1.0)

@@ -31,7 +31,7 @@ from llm_jax.training import run_folder
 from llm_jax.training.arrays import by_path, in_small_chunks, load, nested, rebuild
 from llm_jax.training.fingerprint import Arrays
 from llm_jax.training.heads import is_head, origins
-from llm_jax.training.record import RANK, DamagedCheckpoint, make_record, read_record, root_cause, some
+from llm_jax.training.record import RANK, DamagedCheckpoint, check_fit, make_record, read_record, root_cause, some
 
 Tree = Any
 Found = TypeVar("Found")
@@ -428,10 +428,10 @@ def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree
     """The parameters of another run; adapters (`model.lora`) and an encoder's head that it has not start afresh."""
     _check_there(workdir, None)
     state = init()
-    head = {path: leaf for path, leaf in by_path(state.params).items() if is_head(path)}
-    taken = origins(head, _saved_shapes(workdir), workdir)  # and where they are there
-    fresh = _fresh_adapters(workdir, by_path(state.params))
-    fresh |= {path: leaf for path, leaf in head.items() if path not in taken}
+    params = by_path(state.params)
+    taken, anew = _sources(workdir, params)
+    fresh = {path: params[path] for path in anew}
+    del params
     state = dataclasses.replace(state, params=None)  # the other fresh parameters go before their successors come
     wanted = {path: leaf for path, leaf in by_path(abstract_state.params).items() if path not in fresh}
     there = nested({taken.get(path, path): leaf for path, leaf in wanted.items()})
@@ -450,18 +450,30 @@ def preview(workdir: str, shapes: Mapping[str, Any]) -> str:
     """For `train --dry_run`: what a run begins with by `init_from`, told by the newest checkpoint's record alone.
 
     Args:
-      shapes: of the run's parameters, by path.
+      shapes: of the run's parameters, by path, with their dtypes.
 
     Raises:
-      UserError, DataError: as `start`, where that run is none or does not fit.
+      UserError: as `start`, where that run is none or does not fit.
     """
     _check_there(workdir, None)
-    saved = _saved_shapes(workdir)
-    taken = origins(shapes, saved, workdir) if saved else shapes
-    _fresh_adapters(workdir, shapes)
-    fresh = sorted(path for path in shapes if path not in taken)
-    begins = f"begins at step 0 with the parameters of step {steps(workdir)[-1]} of {workdir}"
-    return begins + (f"; fresh: {some(fresh)}" if fresh else "")
+    newest = _folder(workdir) / str(steps(workdir)[-1])
+    try:
+        saved = read_record(newest)["arrays"]
+    except DamagedCheckpoint:
+        return f"begins at step 0 with the parameters of {workdir}, whose newest checkpoint is damaged"
+    taken, fresh = _sources(workdir, shapes)
+    there = nested({taken.get(path, path): leaf for path, leaf in shapes.items() if path not in fresh})
+    wanted = {f"params/{path}": leaf for path, leaf in by_path(_as_saved(workdir, there)).items()}
+    check_fit(newest, saved, wanted, partial=True)
+    begins = f"begins at step 0 with the parameters of step {newest.name} of {workdir}"
+    return begins + (f"; fresh: {some(sorted(fresh))}" if fresh else "")
+
+
+def _sources(workdir: str, params: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """({a head's path here: path there}, the paths that start afresh) of a run's fresh parameters, or their shapes."""
+    head = {path: leaf for path, leaf in params.items() if is_head(path)}
+    taken = origins(head, _saved_shapes(workdir), workdir)
+    return taken, (head.keys() - taken.keys()) | _fresh_adapters(workdir, params)
 
 
 def _with_params(state: Tree, params: Tree) -> Tree:
@@ -483,20 +495,20 @@ def _saved_shapes(workdir: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {path.removeprefix("params/"): shape(entry) for path, entry in saved.items() if path.startswith("params/")}
 
 
-def _fresh_adapters(workdir: str, params: Mapping[str, Any]) -> Arrays:
-    """The adapters among fresh `params`, where the run in `workdir` has none.
+def _fresh_adapters(workdir: str, params: Mapping[str, Any]) -> set[str]:
+    """The paths of the adapters among fresh `params`, where the run in `workdir` has none.
 
     Raises UserError where it has some and this one has not: they would be left out in silence.
     """
     try:
         saved = read_record(_folder(workdir) / str(steps(workdir)[-1]))["arrays"]
     except DamagedCheckpoint:
-        return {}  # whoever loads it says so
+        return set()  # whoever loads it says so
     there = any(map(is_adapter, saved))
-    fresh = {path: leaf for path, leaf in params.items() if is_adapter(path)}
+    fresh = set(filter(is_adapter, params))
     if there and not fresh:
         raise UserError(
             f"checkpoint.init_from={workdir}: that run has adapters, and this one has none (model.lora.rank is 0). Set "
             "model.lora as there, or merge them first: llm-jax convert --from=RUN --to=hf:PATH, and back"
         )
-    return {} if there else fresh
+    return set() if there else fresh

@@ -321,8 +321,8 @@ def finish(run: Run, state: TrainState) -> None:
         print(report.closing_block(run.workdir, history, yardsticks, sample, cfg.data.task), flush=True)
 
 
-def describe(cfg: Config) -> str:
-    """What `train` would run, without touching data beyond its tokenizer or making any array."""
+def describe(cfg: Config, workdir: str) -> str:
+    """What `train` would run in `workdir`, without touching data beyond its tokenizer or making any array."""
     cfg, layout, model, state = planned(cfg)
     cost = model_flops(cfg, model)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
@@ -340,9 +340,19 @@ def describe(cfg: Config) -> str:
             f"mesh: {mesh} ({layout.num_devices} devices)",
             f"memory a device: {sharding.bytes_a_device(state) / 2**20:,.1f} MiB of state and "
             f"{gradient / 2**20:,.1f} MiB of gradients, activations not counted",
-            *pretrained.preview(cfg, model.shapes()),
+            *beginning(cfg, model, workdir),
         ]
     )
+
+
+def beginning(cfg: Config, model: registry.Model, workdir: str) -> list[str]:
+    """Lines on what the run begins with, where that is not random numbers."""
+    if (own := checkpoint.steps(workdir)) and cfg.checkpoint.resume != "never":
+        return [f"goes on from step {own[-1]} of {workdir}"]
+    lines = pretrained.preview(cfg, model.shapes())
+    if lines and cfg.data.task in labelled.NAMED and not cfg.data.columns.names:
+        lines.append(f"its head is told as for {cfg.model.num_labels} labels; how many there are the data will say")
+    return lines
 
 
 def sharding_table(cfg: Config) -> str:
