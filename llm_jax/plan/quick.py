@@ -114,7 +114,7 @@ def needs_output(model: TransformerConfig) -> bool:
 
 
 def keeps_products(model: TransformerConfig) -> bool:
-    """Whether remat "dots" finds the MLP's products kept: grouped ones are no dots; with capacity, experts are batches."""
+    """Whether remat "dots" finds the MLP's products: grouped ones are no dots; with capacity, experts are batches."""
     return not model.moe.num_experts or (model.moe.capacity_factor > 0 and model.remat == "dots")
 
 
