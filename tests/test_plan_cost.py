@@ -13,10 +13,11 @@ BYTES = 4 * 10**6  # of a device's piece; three of the four pieces are sent over
 SECONDS = 3 * BYTES / (2 * 50e9)  # two dimensions of one link each
 
 
-def times_of(*lines: str, computations: str = "", machine: str = "v5e:2x2"):
+def times_of(*lines: str, computations: str = "", machine: str = "v5e:2x2", slices: int = 1):
     body = "\n".join(f"  {line}" for line in lines)
     text = f"HloModule m, num_partitions=4\n\n{computations}\nENTRY %main (a: f32[1]) -> f32[1] {{\n{body}\n}}\n"
-    return step_times(hlo.parse(text), placed(topology(machine), {"fsdp": 4}), SIMPLE)
+    mesh = {"data": slices, "fsdp": 4}
+    return step_times(hlo.parse(text), placed(topology(machine, slices), mesh), SIMPLE)
 
 
 def work(name: str, seconds: float, operands: str = "%a") -> str:
@@ -39,6 +40,38 @@ def test_a_collective_runs_beside_what_stands_between_its_start_and_its_done():
         assert (moved.count, moved.bytes) == (1, 3 * BYTES)
         assert moved.seconds == pytest.approx(SECONDS) and moved.waited == pytest.approx(times.waited)
         assert times.total == pytest.approx(times.busy + times.waited)
+
+
+def between_slices(name: str, slices: str) -> list[str]:
+    """A sum over slices as a TPU's program has it: what is sent, what is received, and where it is waited for."""
+    said = (
+        f'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.{name}_0",'
+        f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="ALL_REDUCE"}}'
+    )
+    return [
+        f"%after{name} = token[] after-all()",
+        f"%send{name} = (f32[1000000]{{0}}, u32[], token[]) send(%a, %after{name}), channel_id=2, {said}",
+        f"%recv{name} = (f32[1000000]{{0}}, u32[], token[]) recv(%after{name}), channel_id=1, {said}",
+        f"%sent{name} = token[] send-done(%send{name}), channel_id=2, is_host_transfer=true",
+        f"%got{name} = (f32[1000000]{{0}}, token[]) recv-done(%recv{name}), channel_id=1, is_host_transfer=true",
+    ]
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_a_sum_over_slices_takes_the_network_between_them(slices):
+    """Its own time by the slow network, hidden by what stands between; and beside it a gather inside of the slice."""
+    machine = topology("v5e:2x2", slices)
+    sent = 2 * (slices - 1) / slices * BYTES
+    seconds = sent / machine.hardware.slow
+    first = between_slices("x", ",".join(map(str, range(1, slices + 1))))
+    times = times_of(PIECE, *first[:3], work("w", seconds / 4), START, DONE, *first[3:], slices=slices)
+    moved = times.moved["all-reduce", "data"]
+    assert (moved.count, moved.bytes) == (1, sent) and moved.seconds == pytest.approx(seconds)
+    assert moved.waited == pytest.approx(seconds - seconds / 4 - SECONDS, rel=1e-3)
+    assert times.moved["all-gather", "fsdp"].waited == pytest.approx(SECONDS)
+    second = between_slices("y", "1,2")
+    both = times_of(PIECE, *first[:3], *second[:3], *first[3:], *second[3:], slices=slices)
+    assert both.waited == pytest.approx(2 * seconds)
 
 
 def test_one_without_a_done_is_waited_for_at_once():

@@ -78,10 +78,9 @@ def read_program(file: str, machine: Topology, mesh: dict[str, int]) -> str:
         program = hlo.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"--hlo={file}: this is not the text of a compiled program ({error})") from None
-    if program.partitions != machine.devices:
-        raise UserError(
-            f"--hlo={file}: the program is for {program.partitions} devices, and {machine} has {machine.devices}"
-        )
+    devices = program.partitions * machine.slices  # the text of several slices is one slice's
+    if devices != machine.devices:
+        raise UserError(f"--hlo={file}: the program is for {devices} devices, and {machine} has {machine.devices}")
     times = step_times(program, placed(machine, mesh or {"devices": machine.devices}))
     return report.program_page(file, machine, times, program_memory(program))
 

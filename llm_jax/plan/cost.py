@@ -122,8 +122,8 @@ def marked(inside: Computation, target: str) -> bool:
 
 
 def chain(moving: Instruction) -> str:
-    """What joins the start, middle and end of a collective that a TPU program spreads over several fusions."""
-    found = re.search(r'chain_id="(\d+)"', moving.rest)
+    """What joins the start, middle and end of a collective that a TPU program spreads over several instructions."""
+    found = re.search(r'(?:chain_id|_xla_host_transfer_rendezvous)="([^"]*)"', moving.rest)
     return f"chain {found[1]}" if found else ""
 
 
@@ -147,7 +147,7 @@ class Walk:
             if started is not None:
                 self.start(started, one, name, times, flight)
             elif one.opcode.endswith("-done") or marked(self.program.fused(one), "AsyncCollectiveDone"):
-                self.finish(one, times, flight)
+                self.finish(one, name, times, flight)
             elif one.opcode == "while":
                 times.add(self.run(one.called("body")), self.program.trips(one))
             elif one.opcode == "conditional":
@@ -194,13 +194,16 @@ class Walk:
         else:
             wait(end, key, times)
 
-    def finish(self, one: Instruction, times: Times, flight: Flight) -> None:
+    def finish(self, one: Instruction, name: str, times: Times, flight: Flight) -> None:
         """Wait for what an instruction ends."""
+        if one.opcode == "send-done":
+            return  # its sum is waited for where it is received
         moving = next((part for part in self.program.fused(one).values() if network.kind_of(part)), None)
-        names = [chain(moving)] if moving is not None else one.operands
-        for name in names:
-            if name in flight.ends:
-                wait(*flight.ends.pop(name), times)
+        computation = self.program.computations[name]
+        begun = [chain(computation[operand]) or operand for operand in one.operands if operand in computation]
+        for key in [chain(moving)] if moving is not None else begun:
+            if key in flight.ends:
+                wait(*flight.ends.pop(key), times)
 
     # --------------------------------------------------------------------------------------------------- the core
 

@@ -16,6 +16,7 @@ from llm_jax.plan.hlo import Computation, Instruction
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 MIXED = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # of a TPU program's `send`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Collective:
 
 def kind_of(one: Instruction) -> str:
     """The kind of collective that an instruction is or starts; "" if none."""
+    if one.opcode == "send" and (found := BETWEEN_SLICES.search(one.rest)):
+        return found[1].lower().replace("_", "-")
     name = one.opcode.removesuffix("-start")
     return name if name in KINDS else MIXED.get(name, "")
 
@@ -75,7 +78,11 @@ def collective(one: Instruction, computation: Computation, on: Placed, efficienc
     `efficiency`: the share of its links' bandwidth that a collective reaches.
     """
     kind = kind_of(one)
-    groups = device_groups(one.rest, len(on.places), kind == "collective-permute")
+    if one.opcode == "send":
+        groups = across_slices(on)
+    else:
+        devices = len(on.places) // on.machine.slices  # the text of several slices is one slice's
+        groups = device_groups(one.rest, devices, kind == "collective-permute")
     given = sum(computation[name].bytes for name in one.operands if name in computation)
     size = groups.shape[1]
     whole = given * size if kind == "all-gather" else given
@@ -104,6 +111,12 @@ def device_groups(rest: str, devices: int, pairs: bool) -> np.ndarray:
     )  # fmt: skip
     found = re.search(key, rest)
     return cached_groups(found[0] if found else "", devices)
+
+
+def across_slices(on: Placed) -> np.ndarray:
+    """(groups, slices): the devices at one place of each slice."""
+    order = np.lexsort((on.places[:, 0], *on.places[:, 1:].T))
+    return order.reshape(-1, on.machine.domains)
 
 
 def replica_groups(text: str, devices: int) -> np.ndarray:

@@ -97,11 +97,21 @@ def make_setting(cfg: Config, machine: Topology) -> Setting:
     return Setting(cfg, machine, layout, model, state)
 
 
+# Seen with libtpu 0.0.52: `wrap` has no effect beside `num_slices`.
+OPEN_SLICES = (
+    "for several slices the compiler cannot be told that a slice's dimensions are rings, and gathers by sums over zeros: "
+    "the times of the network and of memory are overstated; plan one slice for those inside of it"
+)
+
+
 def slices_note(setting: Setting) -> str:
-    """What is wrong with a mesh that does not say how it goes over slices or nodes; "" if nothing."""
+    """What the reader must know of a plan for several slices or nodes; "" if nothing."""
     given, domains = math.prod(slice_sizes(setting.cfg.mesh).values()), setting.machine.domains
-    if given == domains or domains == 1:
+    if domains == 1:
         return ""
+    if given == domains:
+        rings = setting.machine.hardware.tpu and any(setting.machine.wrap)
+        return OPEN_SLICES if rings else ""
     what = "slices" if setting.machine.hardware.tpu else "nodes"
     return (
         f"mesh.across_slices says {given} {what} and there are {domains}: name the axis that goes over them, as "
