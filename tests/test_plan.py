@@ -97,7 +97,7 @@ def test_nodes_that_no_axis_goes_over_are_noted():
     assert slices_note(small(*two, "mesh.across_slices=fsdp=2", machine="h100:2x8")) == ""
     sliced = load("llama2/7b", (*SMALL, "mesh.data=2", "mesh.fsdp=64", "mesh.across_slices=data=2",
                                 "train.global_batch_size=128"))  # fmt: skip
-    assert "overstated" in slices_note(make_setting(sliced, topology("v5p:4x4x4", 2)))
+    assert "overstates" in slices_note(make_setting(sliced, topology("v5p:4x4x4", 2)))
 
 
 def test_state_is_counted_by_its_shardings():

@@ -99,8 +99,8 @@ def make_setting(cfg: Config, machine: Topology) -> Setting:
 
 # Seen with libtpu 0.0.52: `wrap` has no effect beside `num_slices`.
 OPEN_SLICES = (
-    "for several slices the compiler cannot be told that a slice's dimensions are rings, and gathers by sums over zeros: "
-    "the times of the network and of memory are overstated; plan one slice for those inside of it"
+    "a compiled plan of several slices overstates the times of the network and of memory: the compiler cannot be told "
+    "that a slice's dimensions are rings, and gathers by sums over zeros; a plan of one slice has those inside of it"
 )
 
 
