@@ -24,7 +24,7 @@ from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, abstract_layout, make_layout
-from llm_jax.training import checkpoint, optim, train
+from llm_jax.training import checkpoint, optim, starts, train
 from llm_jax.training import state as train_state
 from llm_jax.training.evaluate import Judge
 from llm_jax.training.step import make_train_step
@@ -176,14 +176,14 @@ NO_PARAMETERS = types.SimpleNamespace(params={})
 
 def beginning(cfg, folder):
     empty = types.SimpleNamespace(workdir=folder, steps=list)
-    return checkpoint.start(cfg.checkpoint, empty, NO_PARAMETERS, lambda: "fresh").how
+    return starts.start(cfg.checkpoint, empty, NO_PARAMETERS, lambda: "fresh").how
 
 
 def beginning_again(cfg, folder):
-    there = types.SimpleNamespace(workdir=folder, steps=lambda: [5], _put_aside=None)
+    there = types.SimpleNamespace(workdir=folder, steps=lambda: [5], put_aside=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_whole_state", lambda *args, **_: types.SimpleNamespace(how="goes on"))
-        return checkpoint.start(cfg.checkpoint, there, NO_PARAMETERS, None).how
+        patch.setattr(starts, "_whole_state", lambda *args, **_: types.SimpleNamespace(how="goes on"))
+        return starts.start(cfg.checkpoint, there, NO_PARAMETERS, None).how
 
 
 def choices(cfg, folder):

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llm_jax.config import CheckpointConfig
 from llm_jax.errors import CorruptCheckpointError, UserError
-from llm_jax.training import checkpoint
+from llm_jax.training import checkpoint, starts
 from llm_jax.training.checkpoint import Checkpointer
 
 SMALL = CheckpointConfig(keep_latest=2, keep_best=1)
@@ -75,7 +75,7 @@ def save_all(workdir, steps, cfg=SMALL, losses=None):
 def start(workdir, cfg=SMALL, state=None):
     state = state or make_state()
     with Checkpointer(workdir, cfg) as checkpointer:
-        return checkpoint.start(cfg, checkpointer, abstract(state), lambda: state)
+        return starts.start(cfg, checkpointer, abstract(state), lambda: state)
 
 
 # ------------------------------------------------------------------------------------------- save and restore
@@ -217,7 +217,7 @@ def test_a_flipped_byte_is_rejected_put_aside_and_passed_again(tmp_path, capsys)
     flip_a_byte(largest_file(tmp_path / "checkpoints" / "20" / "state"))
     state = make_state()
     with Checkpointer(tmp_path, SMALL) as checkpointer:
-        found = checkpoint.start(SMALL, checkpointer, abstract(state), lambda: state)
+        found = starts.start(SMALL, checkpointer, abstract(state), lambda: state)
         assert (found.step, found.data_state) == (10, {"samples": 100})
         assert_equal(found.state, make_state(10))
         assert "checkpoints/20 is damaged" in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_no_damaged_file_gives_other_numbers(tmp_path, how, capsys):
         else:
             path.write_bytes(data[: len(data) // 2] if how == "truncate" else b"")
         with Checkpointer(run, SMALL) as checkpointer:
-            found = checkpoint.start(SMALL, checkpointer, target, make_state)
+            found = starts.start(SMALL, checkpointer, target, make_state)
         assert_equal(found.state, make_state(found.step))
         assert found.data_state == {"samples": found.step * 10}
         rejected += found.step == 1

@@ -14,7 +14,7 @@ from tiny import quick_compiler, slow
 from llm_jax.config import DecoderConfig, MoEConfig
 from llm_jax.convert import families, reference, rules, safetensors, torch_reference
 from llm_jax.errors import ConversionMismatch, Unproven, UserError
-from llm_jax.training import checkpoint, convert, mapping, restore, run_folder
+from llm_jax.training import convert, mapping, restore, run_folder, starts
 
 
 @pytest.fixture(autouse=True)
@@ -346,7 +346,7 @@ def test_a_run_in_float32_starts_from_parameters_in_bf16(tmp_path):
     narrow = restore.restore(str(tmp_path / "run")).params
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), narrow)
     state = State(wide, None)
-    start = checkpoint._parameters_only(str(tmp_path / "run"), state, lambda: state)
+    start = starts._parameters_only(str(tmp_path / "run"), state, lambda: state)
     table = np.asarray(start.state.params["embedding"]["table"])
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table, hub_models.read(source)["model.embed_tokens.weight"].astype(np.float32))

@@ -139,7 +139,7 @@ jax.config.update("jax_num_cpu_devices", 1)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from llm_jax import distributed
 from llm_jax.errors import UserError
-from llm_jax.training import checkpoint
+from llm_jax.training import checkpoint, starts
 from pathlib import Path
 workdir = Path(sys.argv[1])
 distributed.initialize(timeout=60)
@@ -187,7 +187,7 @@ with checkpoint.Checkpointer(workdir, SMALL) as checkpointer, distributed.Preemp
     if me == 0:
         flip_a_byte(largest_file(workdir / "checkpoints" / "2" / "state"))
     distributed.barrier("after the damage")
-    found = checkpoint.start(SMALL, checkpointer, abstract(place(make_state())), make_state)
+    found = starts.start(SMALL, checkpointer, abstract(place(make_state())), make_state)
     assert found.step == 1 and same(found.state, place(make_state(1))), found.step
     step, state = found.step, found.state
     print("looping", flush=True)

@@ -17,7 +17,7 @@ from llm_jax.models.flops import training_flops
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import checkpoint, optim, step
+from llm_jax.training import checkpoint, optim, starts, step
 from llm_jax.training import state as train_state
 from llm_jax.training.arrays import by_path, nested
 
@@ -166,7 +166,7 @@ def save(folder, params):
 
 def started(folder, model):
     state = State(model.init(jax.random.key(1)))
-    return checkpoint._parameters_only(str(folder), State(model.shapes()), lambda: state)
+    return starts._parameters_only(str(folder), State(model.shapes()), lambda: state)
 
 
 def test_a_run_without_adapters_gives_the_base_and_they_start_afresh(tmp_path):
@@ -195,7 +195,7 @@ def test_adapters_of_random_numbers_are_refused(tmp_path):
     model = build(decoder(lora=RANK))
     message = "give the run that they adapt with checkpoint.init_from"
     with checkpoint.Checkpointer(tmp_path, CheckpointConfig()) as saving, pytest.raises(UserError, match=message):
-        checkpoint.start(CheckpointConfig(), saving, State(model.shapes()), lambda: None)
+        starts.start(CheckpointConfig(), saving, State(model.shapes()), lambda: None)
 
 
 # -------------------------------------------------------------------------------------------------- refusals

@@ -26,7 +26,7 @@ from llm_jax.errors import ConfigError, DataError
 from llm_jax.models import registry
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout, path_name
-from llm_jax.training import checkpoint, convert, hub_files, restore
+from llm_jax.training import convert, hub_files, restore, starts
 from llm_jax.training.heads import origins
 from llm_jax.training.record import some
 
@@ -151,12 +151,12 @@ def preview(cfg: Config, shapes: Any) -> list[str]:
     Args:
       shapes: of the run's parameters, a tree of ShapeDtypeStruct.
 
-    Raises: as `start_from`, or `checkpoint.start`.
+    Raises: as `start_from`, or `starts.start`.
     """
     name, ours = cfg.checkpoint.init_from, convert.by_path(shapes)
     if name.startswith(HUB):
         return [Beginning.of(name, ours, cfg).told]
-    return [checkpoint.preview(name, ours)] if name else []
+    return [starts.preview(name, ours)] if name else []
 
 
 @dataclasses.dataclass(frozen=True)

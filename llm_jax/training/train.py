@@ -29,7 +29,7 @@ from llm_jax.objectives import registry as objectives
 from llm_jax.objectives.base import Objective
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
-from llm_jax.training import checkpoint, executable, optim, pretrained, report, run_folder
+from llm_jax.training import checkpoint, executable, optim, pretrained, report, run_folder, starts
 from llm_jax.training import state as train_state
 from llm_jax.training.back_end import check_attention
 from llm_jax.training.evaluate import Evaluator, Judge, make_evaluator
@@ -54,7 +54,7 @@ class Run:
     abstract_state: TrainState
     evaluator: Evaluator | None
     checkpoints: checkpoint.Checkpointer
-    start: checkpoint.Start
+    start: starts.Start
     out: metrics.Metrics
     executable: str = ""  # a compiled step to load; "": it is compiled
 
@@ -122,7 +122,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     run_folder.check_same_config(workdir, to_dict(cfg))
     init = lambda: train_state.init(model, tx, abstract_state, cfg.seed)  # noqa: E731
     from_hub = lambda name, params: pretrained.start_from(name, params, cfg, workdir)  # noqa: E731
-    start = checkpoint.start(cfg.checkpoint, checkpoints, abstract_state, init, from_hub)
+    start = starts.start(cfg.checkpoint, checkpoints, abstract_state, init, from_hub)
     if start.step > steps:
         raise UserError(
             f"train.steps: the run is {steps} steps long, and {start.how} is beyond that; ask for more steps."
