@@ -164,7 +164,7 @@ def trained(stub):
     stub(
         "llm_jax.training.train",
         train=lambda cfg, workdir, step_file: calls.append((cfg, workdir)),
-        describe=lambda cfg: cfg.name,
+        describe=lambda cfg, workdir: cfg.name,
     )
     return calls
 
