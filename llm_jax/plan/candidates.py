@@ -10,14 +10,13 @@ from llm_jax.config.model import GATED
 from llm_jax.config.resolve import override
 from llm_jax.errors import UserError
 from llm_jax.plan.hardware import Topology
-from llm_jax.plan.quick import quick_estimate
+from llm_jax.plan.quick import MLP_NAMES, quick_estimate
 from llm_jax.plan.setting import Setting, make_setting
 
 Changes = dict[str, object]  # of keys of a config
 
 # What the backward pass finds kept, from the least memory to the most.
 QUERIES = ("layer_input", "query", "key", "value")
-EXPERTS = ("mlp_up", "mlp_gate", "mlp_output")
 REMAT: tuple[Changes, ...] = (
     {"model.remat": "full", "model.remat_save": ()},
     {"model.remat": "names", "model.remat_save": QUERIES},
@@ -27,9 +26,9 @@ REMAT: tuple[Changes, ...] = (
     {"model.remat": "none", "model.remat_save": ()},
 )
 REMAT_OF_EXPERTS: tuple[Changes, ...] = (  # whose products are not computed again
-    {"model.remat": "names", "model.remat_save": ("layer_input", *EXPERTS)},
-    {"model.remat": "names", "model.remat_save": ("layer_input", "attention", "attention_output", *EXPERTS)},
-    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", *EXPERTS)},
+    {"model.remat": "names", "model.remat_save": ("layer_input", *MLP_NAMES)},
+    {"model.remat": "names", "model.remat_save": ("layer_input", "attention", "attention_output", *MLP_NAMES)},
+    {"model.remat": "names", "model.remat_save": (*QUERIES, "attention", "attention_output", *MLP_NAMES)},
 )
 MOST_TENSOR = 16
 

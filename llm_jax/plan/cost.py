@@ -186,6 +186,7 @@ class Walk:
         times.moved.setdefault(key, Moved()).add(Moved(1, found.sent, found.seconds), 1)
         # Neighbours are reached over a link each way; what goes the other way has links of its own.
         links = moving.rest.partition("metadata=")[0] if found.kind == "collective-permute" else found.axes
+        links = "between slices" if moving.opcode == "send" else links  # not those inside of one
         end = flight.free[links] = max(times.total, flight.free.get(links, 0.0)) + found.seconds
         if one.opcode == "fusion":
             times.add(self.work(one, name))

@@ -100,9 +100,8 @@ def _whole_state(
     return Start(rebuild(abstract_state, arrays), record["data"], step, f"{words} step {step} of {workdir}")
 
 
-def _as_saved(workdir: str, abstract_params: Tree) -> Tree:
+def _as_saved(saved: Mapping[str, Any], abstract_params: Tree) -> Tree:
     """`abstract_params` with the saved dtype where the wanted one holds all its numbers: a start may be widened."""
-    saved = _newest_arrays(workdir)
 
     def narrower(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = saved.get(f"params/{path_name(path)}", {}).get("dtype", leaf.dtype)
@@ -115,15 +114,15 @@ def _as_saved(workdir: str, abstract_params: Tree) -> Tree:
 def _parameters_only(workdir: str, abstract_state: Tree, init: Callable[[], Tree]) -> Start:
     """The parameters of another run; adapters (`model.lora`) and an encoder's head that it has not start afresh."""
     check_there(workdir, None)
-    state = init()
+    saved, state = _newest_arrays(workdir), init()
     params = by_path(state.params)
-    taken, anew = _sources(workdir, params)
+    taken, anew = _sources(workdir, saved, params)
     fresh = {path: params[path] for path in anew}
     del params
     state = dataclasses.replace(state, params=None)  # the other fresh parameters go before their successors come
     wanted = {path: leaf for path, leaf in by_path(abstract_state.params).items() if path not in fresh}
     there = nested({taken.get(path, path): leaf for path, leaf in wanted.items()})
-    loaded, step = restore_params(workdir, None, _as_saved(workdir, there))
+    loaded, step = restore_params(workdir, None, _as_saved(saved, there))
     arrays = by_path(loaded)
     found = {path: arrays[taken.get(path, path)].astype(leaf.dtype) for path, leaf in wanted.items()}
     state = _with_params(state, rebuild(abstract_state.params, found | fresh))
@@ -148,19 +147,23 @@ def preview(workdir: str, shapes: Mapping[str, Any]) -> str:
     saved = _newest_arrays(workdir)
     if not saved:
         return f"begins at step 0 with the parameters of {workdir}, whose newest checkpoint is damaged"
-    taken, fresh = _sources(workdir, shapes)
+    taken, fresh = _sources(workdir, saved, shapes)
     there = nested({taken.get(path, path): leaf for path, leaf in shapes.items() if path not in fresh})
-    wanted = {f"params/{path}": leaf for path, leaf in by_path(_as_saved(workdir, there)).items()}
+    wanted = {f"params/{path}": leaf for path, leaf in by_path(_as_saved(saved, there)).items()}
     check_fit(newest, saved, wanted, partial=True)
     begins = f"begins at step 0 with the parameters of step {newest.name} of {workdir}"
     return begins + (f"; fresh: {some(sorted(fresh))}" if fresh else "")
 
 
-def _sources(workdir: str, params: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """({a head's path here: path there}, the paths that start afresh) of a run's fresh parameters, or their shapes."""
+def _sources(workdir: str, saved: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """({a head's path here: path there}, the paths that start afresh) of a run's fresh parameters, or their shapes.
+
+    Args:
+      saved: of the other run's newest checkpoint (`_newest_arrays`).
+    """
     head = {path: leaf for path, leaf in params.items() if is_head(path)}
-    taken = origins(head, _saved_shapes(workdir), workdir)
-    return taken, (head.keys() - taken.keys()) | _fresh_adapters(workdir, params)
+    taken = origins(head, _shapes(saved), workdir)
+    return taken, (head.keys() - taken.keys()) | _fresh_adapters(workdir, saved, params)
 
 
 def _with_params(state: Tree, params: Tree) -> Tree:
@@ -181,19 +184,17 @@ def _newest_arrays(workdir: str) -> dict[str, Any]:
         return {}
 
 
-def _saved_shapes(workdir: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of a run's newest checkpoint, by path."""
+def _shapes(saved: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of the parameters that are saved, by path."""
     shape = lambda entry: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])  # noqa: E731
-    saved = _newest_arrays(workdir).items()
-    return {path.removeprefix("params/"): shape(entry) for path, entry in saved if path.startswith("params/")}
+    return {path.removeprefix("params/"): shape(entry) for path, entry in saved.items() if path.startswith("params/")}
 
 
-def _fresh_adapters(workdir: str, params: Mapping[str, Any]) -> set[str]:
+def _fresh_adapters(workdir: str, saved: Mapping[str, Any], params: Mapping[str, Any]) -> set[str]:
     """The paths of the adapters among fresh `params`, where the run in `workdir` has none.
 
     Raises UserError where it has some and this one has not: they would be left out in silence.
     """
-    saved = _newest_arrays(workdir)
     there = any(map(is_adapter, saved))
     fresh = set(filter(is_adapter, params))
     if there and not fresh:
