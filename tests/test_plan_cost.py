@@ -2,6 +2,7 @@
 
 import pytest
 
+from llm_jax import cli
 from llm_jax.plan import hlo
 from llm_jax.plan.cost import Constants, step_times
 from llm_jax.plan.hardware import topology
@@ -72,6 +73,20 @@ def test_a_sum_over_slices_takes_the_network_between_them(slices):
     second = between_slices("y", "1,2")
     both = times_of(PIECE, *first[:3], *second[:3], *first[3:], *second[3:], slices=slices)
     assert both.waited == pytest.approx(2 * seconds)
+
+
+def test_a_text_of_several_slices_is_for_no_other_number(tmp_path, capsys):
+    """The text is one slice's: its number of partitions does not tell."""
+    body = "\n".join(f"  {line}" for line in (PIECE, *between_slices("x", "1,2")))
+    (tmp_path / "text").write_text(
+        f"HloModule m, num_partitions=4\n\nENTRY %main (a: f32[1]) -> f32[1] {{\n{body}\n}}\n"
+    )
+    given = ["plan", f"--hlo={tmp_path / 'text'}", "--topology=v5e:2x2"]
+    assert cli.main([*given, "--slices=2", "--mesh=data=2,fsdp=4"]) == 0
+    assert "all-reduce  data" in capsys.readouterr().out
+    for others in (["--mesh=fsdp=4"], ["--slices=3", "--mesh=data=3,fsdp=4"]):
+        assert cli.main([*given, *others]) == 2
+        assert "the program is for 8 devices" in capsys.readouterr().err
 
 
 def test_one_without_a_done_is_waited_for_at_once():

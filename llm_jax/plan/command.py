@@ -15,7 +15,7 @@ from llm_jax.plan.cost import step_times
 from llm_jax.plan.estimate import Estimate, estimate_compiled
 from llm_jax.plan.hardware import Topology
 from llm_jax.plan.memory import program_memory
-from llm_jax.plan.network import placed
+from llm_jax.plan.network import placed, slices_of
 from llm_jax.plan.quick import quick_estimate
 from llm_jax.plan.search import try_all
 from llm_jax.plan.setting import Setting, make_setting
@@ -78,7 +78,7 @@ def read_program(file: str, machine: Topology, mesh: dict[str, int]) -> str:
         program = hlo.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"--hlo={file}: this is not the text of a compiled program ({error})") from None
-    devices = program.partitions * machine.slices  # the text of several slices is one slice's
+    devices = program.partitions * slices_of(program)
     if devices != machine.devices:
         raise UserError(f"--hlo={file}: the program is for {devices} devices, and {machine} has {machine.devices}")
     times = step_times(program, placed(machine, mesh or {"devices": machine.devices}))

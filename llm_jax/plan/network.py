@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from llm_jax.plan.hardware import Topology
-from llm_jax.plan.hlo import Computation, Instruction
+from llm_jax.plan.hlo import Computation, Instruction, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 MIXED = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
@@ -111,6 +111,14 @@ def device_groups(rest: str, devices: int, pairs: bool) -> np.ndarray:
     )  # fmt: skip
     found = re.search(key, rest)
     return cached_groups(found[0] if found else "", devices)
+
+
+def slices_of(program: Program) -> int:
+    """Of how many slices a TPU's program is: the text is one slice's, and what it sends names them ("{1,2}x{0:63}")."""
+    sent = (one.rest for computation in program.computations.values() for one in computation.values()
+            if one.opcode == "send")  # fmt: skip
+    found = (re.search(r'_xla_megascale_target="\{([\d,]+)\}', rest) for rest in sent)
+    return max((len(slices[1].split(",")) for slices in found if slices), default=1)
 
 
 def across_slices(on: Placed) -> np.ndarray:
