@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.errors import UserError
+
+Found = TypeVar("Found")
 
 OWN_VARIABLES = ("LLM_JAX_COORDINATOR", "LLM_JAX_NUM_PROCESSES", "LLM_JAX_PROCESS_ID")
 
@@ -186,6 +188,16 @@ def on_main(act: Callable[[], object]) -> None:
             refusal = error
     if not all_true(refusal is None):
         raise refusal or UserError("process 0 cannot go on, and says why")
+
+
+def main_first(act: Callable[[], Found]) -> Found:
+    """What `act` gives, on every process, on the main one before the others: they find what it leaves on the disk.
+
+    Raises: as `on_main`.
+    """
+    made: list[Found] = []
+    on_main(lambda: made.append(act()))
+    return made[0] if made else act()
 
 
 def assert_same_everywhere(name: str, value: str) -> None:

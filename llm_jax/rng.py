@@ -18,19 +18,21 @@ def stream(seed: int | jax.Array, name: str, step: int | jax.Array = 0) -> jax.A
     return jax.random.fold_in(key, step)
 
 
-def bits16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform uint16 of `shape`: the threefry cipher of each one's place.
+def bits16(key: jax.Array, shape: tuple[int, ...], lines: jax.Array | None = None) -> jax.Array:
+    """Uniform uint16 of `shape`: the threefry cipher of each one's line and place in it.
 
     `jax.random.bits` makes a block of 64 bits for each number and keeps as many as it needs; here four numbers share a
     block, and the masks of dropout, most of a model's random numbers, take a quarter of the time.
 
     Args:
       key: a typed threefry key, scalar.
+      lines: integers (shape[:-1]), the lines' numbers: of some lines of a larger array. None: 0, 1, 2, ...
     """
-    *lines, size = shape or (1,)
-    blocks = (*lines, -(-size // 4))
-    line = jnp.arange(math.prod(lines), dtype=jnp.uint32).reshape(*lines, 1)
-    place = jax.lax.broadcasted_iota(jnp.uint32, blocks, len(lines))
+    *before, size = shape or (1,)
+    blocks = (*before, -(-size // 4))
+    lines = jnp.arange(math.prod(before)) if lines is None else lines
+    line = lines.astype(jnp.uint32).reshape(*before, 1)
+    place = jax.lax.broadcasted_iota(jnp.uint32, blocks, len(before))
     words = jnp.stack(threefry2x32_p.bind(*jax.random.key_data(key), jnp.broadcast_to(line, blocks), place), axis=-1)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)  # (..., N / 4, 2, 2)
-    return halves.reshape(*lines, 4 * blocks[-1])[..., :size].reshape(shape)
+    return halves.reshape(*before, 4 * blocks[-1])[..., :size].reshape(shape)

@@ -157,6 +157,8 @@ except UserError as error:
 did = []
 distributed.on_main(lambda: did.append(me))
 assert did == [0] * (me == 0)
+order = distributed.main_first(lambda: did.append(me) or list(did))
+assert order == [0, 0] if me == 0 else order == [1], order
 def refuse():
     raise UserError("there is no room")
 try:

@@ -12,6 +12,7 @@ from tiny_encoders import DISENTANGLED, ROTARY, encoder, texts
 from llm_jax.config import DecoderConfig, EncoderConfig
 from llm_jax.config.model import check_model
 from llm_jax.errors import ConfigError
+from llm_jax.models import transformer
 from llm_jax.models.disentangled import log_bucket
 from llm_jax.models.flops import training_flops
 from llm_jax.models.positions import relative_bucket
@@ -100,6 +101,50 @@ def test_masked_losses_are_those_of_the_logits():
     assert without[2] is None
 
 
+ALONE = {
+    **{name: form for name, form in FORMS.items() if name != "DeBERTa"},
+    "grouped": dict(num_kv_heads=2, remat="full"),
+    **{placement: dict(norm_placement=placement) for placement in ("pre", "output", "sandwich", "parallel")},
+}
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_a_last_block_that_computes_what_is_read_alone(form, monkeypatch):
+    """Losses, gradients and dropout's masks are those of whole rows, for less work."""
+    rates = dict(embedding=0.1, attention=0.4, attention_output=0.2, mlp_output=0.2)
+    model = build(encoder(head="masked_pairs", scan_layers=False, dropout=rates, **ALONE[form]))
+    batch, params = texts(3, 16), numbers(model)
+    read = given(batch, "masked_positions", "masked_targets", "starts")
+
+    def step(params, batch):
+        def total(params):
+            given = dict(rows=jnp.arange(3) + 5, dropout_key=jax.random.key(1), method="masked_losses")
+            loss, _, pairs = model.apply(params, **batch, **given)
+            return (loss * weights).sum() + (pairs * jnp.arange(1.0, 9).reshape(1, 4, 2)).sum()
+
+        weights = jnp.arange(1.0, 13).reshape(3, 4)
+        return jax.value_and_grad(total)(params)
+
+    def run():
+        compiled = jax.jit(step).lower(params, read).compile(compiler_options=QUICK)
+        return compiled(params, read), compiled.cost_analysis()["flops"]
+
+    found, less = run()
+    monkeypatch.setattr(transformer, "reads_alone", lambda cfg: False)
+    jax.clear_caches()
+    expected, more = run()
+    assert less < 0.95 * more
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+
+
+def test_packed_rows_that_read_as_many_tokens_as_they_have_are_computed_whole():
+    batch, model = given(texts(2, 8, places=3)), build(encoder(head="text", scan_layers=False))
+    every, first = np.tile(np.arange(8, dtype=np.int32), (2, 1)), np.zeros((2, 1), np.int32)
+    found = apply(model, numbers(model), batch | {"starts": every}, "text_logits")
+    expected = apply(model, numbers(model), batch | {"starts": first}, "text_logits")
+    np.testing.assert_allclose(found[:, :1], expected, rtol=0, atol=2e-5)
+
+
 def test_a_mean_of_no_text_is_zero():
     batch, model = texts(2, 16), build(encoder(head="embedding"))
     batch["starts"][:, -1] = 15
@@ -149,6 +194,12 @@ def test_training_flops_count_both_sides():
     assert found.attention == pytest.approx(12 * 2 * 16 * visible)
     hidden = training_flops(model.cfg, model.shapes(), model.axes(), 12, {"masked": 2 / 12})
     assert hidden.matrices == 6 * (2 * (4 * 16 * 16 + 2 * 16 * 24) + (16 * 16 + 30 * 16) / 6)
+    alone = build(encoder(head="masked_pairs", scan_layers=False))  # of the last block all keys and values, 3 of 12 else
+    found = training_flops(alone.cfg, alone.shapes(), alone.axes(), 12, {"masked": 2 / 12, "pairs": 1 / 12})
+    last = 2 * 16 * 16 + (2 * 16 * 16 + 2 * 16 * 24) / 4
+    heads = (16 * 16 + 30 * 16) / 6 + (16 * 16 + 16 * 2) / 12
+    assert found.matrices == pytest.approx(6 * (4 * 16 * 16 + 2 * 16 * 24 + last + heads))
+    assert found.attention == pytest.approx(12 * (1 + 3 / 12) * 16 * 12)
     labels = build(encoder(head="token"))
     found = training_flops(labels.cfg, labels.shapes(), labels.axes(), 12)
     assert found.matrices == 6 * (2 * (4 * 16 * 16 + 2 * 16 * 24) + 16 * 2)

@@ -31,6 +31,17 @@ class AttentionMask:
     window: int = dataclasses.field(default=0, metadata={"static": True})
     in_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def of_queries(self, places: jax.Array) -> "AttentionMask":
+        """That of the queries at `places` (B, P) of (B, T) alone."""
+        query_index, query_segments = self.query_index, self.query_segments
+        query_index = query_index if query_index.ndim == 2 else query_index[None]
+        return dataclasses.replace(
+            self,
+            query_index=at(query_index, places),
+            query_segments=None if query_segments is None else at(query_segments, places),
+            in_order=False,
+        )
+
     def check_in_order(self) -> None:
         """For back ends that count places themselves: raises ValueError where they would count other ones."""
         if not self.in_order:
@@ -62,6 +73,12 @@ class AttentionMask:
             query, key = self.query_segments[:, :, None], self.key_segments[:, None, :]
             seen = seen & (query == key) & (query != 0)
         return seen
+
+
+def at(x: jax.Array, places: jax.Array) -> jax.Array:
+    """(B, P, ...): of (1 or B, T, ...) what stands at places (B, P) of each row."""
+    index = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(jnp.broadcast_to(x, (len(places), *x.shape[1:])), index, axis=1)
 
 
 def causal_mask(

@@ -15,7 +15,7 @@ from llm_jax.config import RopeConfig, TransformerConfig
 from llm_jax.config.kinds import LayerKind
 from llm_jax.kernels.attention import AttentionOptions, Kernel, select
 from llm_jax.kernels.dense import reference_attention
-from llm_jax.kernels.masks import AttentionMask
+from llm_jax.kernels.masks import AttentionMask, at
 from llm_jax.models.disentangled import TERMS, disentangled_bias
 from llm_jax.models.layers import Linear, Norm, dropout, linear_init, named
 from llm_jax.models.positions import rotary_angles, rotate
@@ -167,27 +167,33 @@ class Attention(nn.Module):
         shared: Shared,
         *,
         cache_length: int = 0,
+        read: jax.Array | None = None,
     ) -> jax.Array:
         """(B, T, D) to (B, T, D).
 
         Args:
           dropout_key: of probabilities; None: no dropout.
           cache_length: slots of the cache; 0: attend within x.
+          read: (B, P) int32, the places of the only queries; the result is (B, P, D) then.
         """
         cfg = self.cfg
         heads, kv_heads, size = cfg.num_heads, num_kv_heads(cfg), head_dim(cfg)
         shared = shared.seen_by(self.kind, cfg.sliding_window)
         mask, angles = shared.mask, shared.angles
-        drop = drop_probabilities(cfg, self.layout, dropout_key, shared.rows, "kv_heads")
+        drop = drop_probabilities(cfg, self.layout, dropout_key, shared.rows, "kv_heads", read)
         to_query = self._heads("query", heads, "heads")
         to_key = self._heads("key", kv_heads, "kv_heads")
-        query, key, value = to_query(x), to_key(x), self._heads("value", kv_heads, "kv_heads")(x)
+        of_query = (lambda x: x) if read is None else lambda x: at(x, read)
+        query, key, value = to_query(of_query(x)), to_key(x), self._heads("value", kv_heads, "kv_heads")(x)
         query, key = self._normed("query_norm", query), self._normed("key_norm", key)
         if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+            query, key = rotate(query, jax.tree.map(of_query, angles)), rotate(key, angles)
         if cfg.attention_scale:  # kernels divide by sqrt(size)
             query = query * (cfg.attention_scale * math.sqrt(size))
         bias = shared.bias
+        if read is not None:
+            mask = mask.of_queries(read)
+            bias = None if bias is None else jnp.swapaxes(at(jnp.swapaxes(bias, 1, 2), read), 1, 2)
         if shared.relative is not None:
             vectors, bucket = shared.relative
             positions = (to_query(vectors), to_key(vectors))
@@ -203,7 +209,8 @@ class Attention(nn.Module):
             sinks = self.param("sinks", named(nn.initializers.zeros, "heads"), (heads,), self.precision.params)
         attend = reference_attention
         if not self.is_initializing():  # that is on one row of one token, which no mesh splits
-            attend = attend_with(cfg, self.layout, self.kind, query, mask, drop=drop, cached=bool(cache_length))
+            own_places = bool(cache_length) or read is not None
+            attend = attend_with(cfg, self.layout, self.kind, query, mask, drop=drop, own_places=own_places)
         out = attend(query, key, value, mask, softcap=cfg.attention_softcap, bias=bias, dropout=drop, sinks=sinks)
 
         out = self.layout(out, "batch", "length", "heads", "head_dim")
@@ -251,9 +258,12 @@ def attend_with(
     mask: AttentionMask,
     *,
     drop: functools.partial | None,
-    cached: bool,
+    own_places: bool,
 ) -> Callable[..., jax.Array]:
-    """`attend(query, key, value, mask, **terms)` of the layer's back end, on its mesh; remat knows what it returns."""
+    """`attend(query, key, value, mask, **terms)` of the layer's back end, on its mesh; remat knows what it returns.
+
+    `own_places`: the queries stand where the mask says and not in order: in decoding, or some of a row alone.
+    """
     kernel = choose_kernel(
         cfg,
         layout,
@@ -262,7 +272,7 @@ def attend_with(
         length=query.shape[1],
         dtype=query.dtype.name,
         dropout=drop is not None,
-        cache=cached,
+        cache=own_places,
     )
 
     def attend(*arrays: Any, **terms: Any) -> jax.Array:
@@ -273,18 +283,31 @@ def attend_with(
 
 
 def drop_probabilities(
-    cfg: TransformerConfig, layout: Layout, key: jax.Array | None, rows: jax.Array, heads: str
+    cfg: TransformerConfig,
+    layout: Layout,
+    key: jax.Array | None,
+    rows: jax.Array,
+    heads: str,
+    read: jax.Array | None = None,
 ) -> functools.partial | None:
-    """Dropout of probabilities (B, K, T, N / K, S), K the logical axis `heads`; None: there is none."""
+    """Dropout of probabilities (B, K, T, N / K, S), K the logical axis `heads`; None: there is none. With `read` (B, P)
+    of the queries there, (B, K, P, N / K, T), as they have it among all."""
     rate = cfg.dropout.attention
     if key is None or not rate:
         return None
     axes = ("batch", heads, "length", None, None)
-    return functools.partial(_drop, rate=rate, key=key, rows=rows, layout=layout, axes=axes)
+    return functools.partial(_drop, rate=rate, key=key, rows=rows, layout=layout, axes=axes, read=read)
 
 
-def _drop(x: jax.Array, *, rate: float, key: jax.Array, rows: jax.Array, layout: Layout, axes: tuple) -> jax.Array:
-    return dropout(x, rate, key, rows, layout, *axes)
+def _drop(
+    x: jax.Array, *, rate: float, key: jax.Array, rows: jax.Array, layout: Layout, axes: tuple, read: jax.Array | None
+) -> jax.Array:
+    if read is None:
+        return dropout(x, rate, key, rows, layout, *axes)
+    _, kv_heads, _, groups, length = x.shape
+    head, group = jnp.arange(kv_heads)[None, :, None, None], jnp.arange(groups)[None, None, None]
+    lines = (head * length + read[:, None, :, None]) * groups + group
+    return dropout(x, rate, key, rows, layout, *axes, lines=lines)
 
 
 def cached(module: nn.Module, new: dict[str, jax.Array], slots: jax.Array, cache_length: int) -> list[jax.Array]:

@@ -102,10 +102,12 @@ class Encoder(nn.Module):
         Returns:
           (B, P) at least float32, (B, P) bool, and with `starts` (B, S, 2) logits of pairs, else None.
         """
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
-        logits = self._masked_logits(self._at(x, masked_positions))
+        read = masked_positions if starts is None else jnp.concatenate([masked_positions, starts], axis=1)
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key, read)
+        masked, firsts = jnp.split(x, [masked_positions.shape[1]], axis=1)
+        logits = self._masked_logits(masked)
         loss, _ = cross_entropy(logits, masked_targets)
-        pairs = None if starts is None else self.pairs(self._at(x, starts))
+        pairs = None if starts is None else self.pairs(firsts)
         return loss, logits.argmax(-1) == masked_targets, pairs
 
     def masked_logits(
@@ -117,8 +119,8 @@ class Encoder(nn.Module):
         token_types: jax.Array | None = None,
     ) -> jax.Array:
         """The logits (B, P, V) of the tokens at places (B, P), V the padded vocabulary; padded ids have -inf."""
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, None, None)
-        return self._masked_logits(self._at(x, masked_positions))
+        x, _ = self._hidden(tokens, positions, segment_ids, token_types, None, None, masked_positions)
+        return self._masked_logits(x)
 
     def text_logits(
         self,
@@ -132,8 +134,10 @@ class Encoder(nn.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Scores of each text, (B, S, num_labels); of a pooled head what a classifier would read, (B, S, D)."""
-        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
-        x = self._mean(x, starts, segment_ids) if self.cfg.head_pooling == "mean" else self._at(x, starts)
+        mean = self.cfg.head_pooling == "mean"
+        read = None if mean else starts
+        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key, read)
+        x = self._mean(x, starts, segment_ids) if mean else x
         return self.labels(x, key, self._rows(x, rows))
 
     def token_logits(
@@ -189,8 +193,9 @@ class Encoder(nn.Module):
         token_types: jax.Array | None,
         rows: jax.Array | None,
         dropout_key: jax.Array | None,
+        read: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The hidden states (B, T, D), and the key of the head's dropout."""
+        """The hidden states (B, T, D), or those at places `read` (B, P), and the key of the head's dropout."""
         cfg, length = self.cfg, tokens.shape[1]
         if length > cfg.max_length:
             raise ValueError(f"rows of {length} tokens are longer than model.max_length={cfg.max_length}")
@@ -204,7 +209,7 @@ class Encoder(nn.Module):
         if cfg.embedding_dim not in (0, cfg.embed_dim):
             x = self.layout(self.embedding_projection(x), *axes)
         places = jnp.broadcast_to(index[None], tokens.shape) if positions is None else positions
-        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places))
+        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places), read=read)
         return x if cfg.norm_placement == "post" else self.final_norm(x), keys[2]
 
     def _embed(self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None) -> jax.Array:
@@ -254,11 +259,6 @@ class Encoder(nn.Module):
 
     def _masked_logits(self, x: jax.Array) -> jax.Array:
         return self.masked(x, self.embedding.head())
-
-    def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
-        """(B, P, D): the vectors (B, T, D) at places (B, P)."""
-        x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
-        return self.layout(jnp.take_along_axis(x, places[..., None], axis=1), "batch", None, "embed")
 
     def _mean(self, x: jax.Array, starts: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """(B, S, D): the mean of the vectors (B, T, D) of the texts that begin at `starts` (B, S)."""

@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         if shared.angles is not None:
             query_rope, key_rope = rotate(query_rope, shared.angles), rotate(key_rope, shared.angles)
         scale = cfg.attention_scale or query_dim(cfg) ** -0.5
-        attend = functools.partial(self._attend, shared=shared, drop=drop, cached=bool(cache_length))
+        attend = functools.partial(self._attend, shared=shared, drop=drop, own_places=bool(cache_length))
 
         key_up = self._linear("key_up", cfg.num_heads * head_dim(cfg), ("latent", "heads"))
         value_up = self._linear("value_up", cfg.num_heads * value_dim(cfg), ("latent", "heads"))
@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
         scale: float,
         shared: Shared,
         drop: functools.partial | None,
-        cached: bool,
+        own_places: bool,
     ) -> jax.Array:
         """Softmax attention of queries and keys in two parts, (B, T, N, _) and (B, S, N or 1, _)."""
         queries, keys = jnp.concatenate(query, -1), jnp.concatenate(key, -1)
@@ -103,7 +103,7 @@ class LatentAttention(nn.Module):
         queries, keys, value = map(checkpoint_name, (queries, keys, value), names)
         attend = reference_attention
         if not self.is_initializing():
-            attend = attend_with(self.cfg, self.layout, self.kind, queries, shared.mask, drop=drop, cached=cached)
+            attend = attend_with(self.cfg, self.layout, self.kind, queries, shared.mask, drop=drop, own_places=own_places)
         return attend(queries, keys, value, shared.mask, softcap=self.cfg.attention_softcap, dropout=drop)
 
     def _linear(self, name: str, features: int, axes: tuple[str, str]) -> Linear:

@@ -260,6 +260,7 @@ def dropout(
     layout: Layout,
     *axes: str | None,
     tokens: jax.Array | None = None,
+    lines: jax.Array | None = None,
 ) -> jax.Array:
     """Zeroes entries with probability `rate`, rounded to 16 bits, and scales the others by 1 / (1 - the rounded rate).
 
@@ -270,15 +271,18 @@ def dropout(
       x: (B, ...), or with `tokens` (B, T, ...), of the logical axes `axes`.
       key: of this place in the model; None: no dropout.
       rows: (B,) int32.
-      tokens: (T,) int32, the places of tokens that may stand in another order.
+      tokens: (T,) or (B, T) int32, the places of tokens that may stand in another order, or be some of a row.
+      lines: int32 (x.shape[:-1]), where x has some lines of a larger array: each one's number in its row there.
     """
     if key is None or not rate:
         return x
     each = jax.vmap(jax.random.fold_in, (None, 0))
     keys, shape = each(key, rows), x.shape[1:]
-    if tokens is not None:
-        keys, shape = jax.vmap(each, (0, None))(keys, tokens), x.shape[2:]
     kept = max(round((1 - rate) * 2**16), 1)  # of 2**16
-    draw = lambda key: bits16(key, shape) <= kept - 1  # noqa: E731
-    keep = jax.vmap(draw)(keys) if tokens is None else jax.vmap(jax.vmap(draw))(keys)
+    draw = lambda key, *lines: bits16(key, shape, *lines) <= kept - 1  # noqa: E731
+    if tokens is None:
+        keep = jax.vmap(draw)(keys) if lines is None else jax.vmap(draw)(keys, lines)
+    else:
+        keys, shape = jax.vmap(each, (0, None if tokens.ndim == 1 else 0))(keys, tokens), x.shape[2:]
+        keep = jax.vmap(jax.vmap(draw))(keys)
     return jnp.where(layout(keep, *axes), x * (2**16 / kept), 0)

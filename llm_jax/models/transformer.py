@@ -13,6 +13,7 @@ from llm_jax.config import TransformerConfig
 from llm_jax.config.kinds import LayerKind, Segment, layer_kinds, places, segments
 from llm_jax.kernels.elementwise import GATED, activate
 from llm_jax.kernels.experts import Routing
+from llm_jax.kernels.masks import at
 from llm_jax.models.attention import Attention, Shared
 from llm_jax.models.latent import LatentAttention
 from llm_jax.models.layers import Linear, block_norm, dropout, linear_init
@@ -89,56 +90,76 @@ class Block(nn.Module):
     cache_length: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, key: jax.Array | None, shared: Shared) -> tuple[jax.Array, Routing | None]:
-        """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout."""
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, shared: Shared, read: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """x and, of a mixture of experts, this layer's routing statistics. `key`: of dropout; None: no dropout.
+
+        With `read` (B, P) x at these places alone, (B, P, D): attention still sees all keys (`reads_alone`).
+        """
         cfg, parts = self.cfg, (self.cfg, self.layout, self.precision)
         x = checkpoint_name(x, "layer_input")
         form = LatentAttention if cfg.latent.kv_rank else Attention
         attention = form(*parts, self.kind, name="attention")
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        mask = shared.mask if read is None else shared.mask.of_queries(read)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return block_norm(cfg, self.precision, name)(x)
 
         def attend(x: jax.Array) -> jax.Array:
-            y = attention(x, keys[0], shared, cache_length=self.cache_length)
-            return self._drop(y, cfg.dropout.attention_output, keys[1], shared)
+            some = {} if read is None else {"read": read}
+            y = attention(x, keys[0], shared, cache_length=self.cache_length, **some)
+            return drop(y, cfg.dropout.attention_output, keys[1])
 
         def feed_forward(x: jax.Array) -> tuple[jax.Array, Routing | None]:
             if cfg.moe.num_experts and not self.kind.dense:
-                mask, drop = shared.mask, not self.cache_length
-                y, routing = MoE(*parts, name="moe")(x, mask.query_segments, places=mask.query_index, drop=drop)
+                places, limited = mask.query_index, not self.cache_length
+                y, routing = MoE(*parts, name="moe")(x, mask.query_segments, places=places, drop=limited)
                 if cfg.moe.shared_dim:
                     y = y + MLP(*parts, cfg.moe.shared_dim, name="shared_mlp")(x)
             else:
                 y, routing = MLP(*parts, name="mlp")(x), None
-            return self._drop(y, cfg.dropout.mlp_output, keys[2], shared), routing
+            return drop(y, cfg.dropout.mlp_output, keys[2]), routing
+
+        def drop(y: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+            axes = ("batch", "residual_length", "embed")
+            return dropout(y, rate, key, shared.rows, self.layout, *axes, tokens=mask.query_index)
+
+        def kept(x: jax.Array) -> jax.Array:
+            return x if read is None else at(x, read)
 
         match cfg.norm_placement:
             case "pre":
-                x = x + attend(norm("attention_norm", x) if self.kind.attention_norm else x)
+                x = kept(x) + attend(norm("attention_norm", x) if self.kind.attention_norm else x)
                 y, routing = feed_forward(norm("mlp_norm", x))
                 x = x + y
             case "post":
-                x = norm("attention_norm", x + attend(x))
+                x = norm("attention_norm", kept(x) + attend(x))
                 y, routing = feed_forward(x)
                 x = norm("mlp_norm", x + y)
             case "output":
-                x = x + norm("attention_norm", attend(x))
+                x = kept(x) + norm("attention_norm", attend(x))
                 y, routing = feed_forward(x)
                 x = x + norm("mlp_norm", y)
             case "sandwich":
-                x = x + norm("attention_output_norm", attend(norm("attention_norm", x)))
+                x = kept(x) + norm("attention_output_norm", attend(norm("attention_norm", x)))
                 y, routing = feed_forward(norm("mlp_norm", x))
                 x = x + norm("mlp_output_norm", y)
             case "parallel":
-                y, routing = feed_forward(norm("mlp_norm", x))
-                x = x + attend(norm("attention_norm", x)) + y
+                y, routing = feed_forward(norm("mlp_norm", kept(x)))
+                x = kept(x) + attend(norm("attention_norm", x)) + y
         return self.layout(x, "batch", "residual_length", "embed"), routing
 
-    def _drop(self, y: jax.Array, rate: float, key: jax.Array | None, shared: Shared) -> jax.Array:
-        axes = ("batch", "residual_length", "embed")
-        return dropout(y, rate, key, shared.rows, self.layout, *axes, tokens=shared.mask.query_index)
+
+def reads_alone(cfg: TransformerConfig) -> bool:
+    """Whether the last block can compute some tokens alone.
+
+    A block in a loop over layers does what the others do, latent and disentangled attention and experts take whole
+    rows.
+    """
+    whole = cfg.scan_layers or cfg.latent.kv_rank or cfg.positions == "disentangled" or cfg.moe.num_experts
+    return not whole
 
 
 class Stack(nn.Module):
@@ -154,13 +175,41 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, key: jax.Array | None, shared: Shared, *, cache_length: int = 0
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        shared: Shared,
+        *,
+        cache_length: int = 0,
+        read: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
-        """x after all blocks, and the sum of their routing statistics."""
+        """x after all blocks, and the sum of their routing statistics.
+
+        With `read` (B, P), the places of the only tokens that are wanted, x is (B, P, D): the last block, where it can,
+        computes no others. Loss and gradients are the same, dropout's masks too.
+        """
         kinds = layer_kinds(self.cfg)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(kinds)))
+        whole_rows = all(self.layout.activation_pieces(axis) == 1 for axis in ("length", "residual_length"))
+        few = read is not None and read.shape[1] < x.shape[1]
+        early = few and whole_rows and reads_alone(self.cfg)
+        x, routing = self._all(kinds, x, keys, shared, cache_length, read if early else None)
+        if read is not None and not early:
+            x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
+            x = at(x, read)
+        return x if read is None else self.layout(x, "batch", None, "embed"), routing
+
+    def _all(
+        self,
+        kinds: Sequence[LayerKind],
+        x: jax.Array,
+        keys: jax.Array | None,
+        shared: Shared,
+        cache_length: int,
+        read: jax.Array | None,
+    ) -> tuple[jax.Array, Routing | None]:
         if not self.cfg.scan_layers:
-            return self._each(kinds, x, keys, shared, cache_length)
+            return self._each(kinds, x, keys, shared, cache_length, read)
         routing = None
         for segment in segments(self.cfg):
             part = None if keys is None else keys[segment.first : segment.first + len(segment.kinds)]
@@ -169,13 +218,22 @@ class Stack(nn.Module):
         return x, routing
 
     def _each(
-        self, kinds: Sequence[LayerKind], x: jax.Array, keys: jax.Array | None, shared: Shared, cache_length: int
+        self,
+        kinds: Sequence[LayerKind],
+        x: jax.Array,
+        keys: jax.Array | None,
+        shared: Shared,
+        cache_length: int,
+        read: jax.Array | None,
     ) -> tuple[jax.Array, Routing | None]:
         block = Block if self.cfg.remat == "none" else nn.remat(Block, policy=remat_policy(self.cfg))
         routings = []
         for layer, (kind, (name, _)) in enumerate(zip(kinds, places(self.cfg), strict=True)):
             layer_key = None if keys is None else keys[layer]
-            x, routing = block(*self._fields(kind, cache_length), name=name)(x, layer_key, shared)
+            last = layer == len(kinds) - 1
+            x, routing = block(*self._fields(kind, cache_length), name=name)(
+                x, layer_key, shared, read if last else None
+            )
             routings += [] if routing is None else [routing]
         return x, jax.tree.map(lambda *parts: sum(parts), *routings) if routings else None
 

@@ -100,8 +100,7 @@ def open_run(cfg: Config, workdir: str, stack: contextlib.ExitStack) -> Run:
     layout = sharding.make_layout(cfg.mesh)
     check_attention(cfg, layout)
 
-    distributed.on_main(lambda: tasks.prepare(cfg.data))  # tokenized where it is missing; then all open it
-    stores = tasks.prepare(cfg.data)
+    stores = distributed.main_first(lambda: tasks.prepare(cfg.data))  # tokenized where it is missing; then all open it
     if cfg.data.tokenizer == "none":
         store.require_ids_below(stores, cfg.model.vocab_size)
     cfg = with_vocabulary(cfg, stores[0].tokenizer.vocab_size, layout.num_devices)

@@ -7,6 +7,7 @@ module, so that no text of a module is seen on both sides of the validation spli
 import ast
 import re
 import textwrap
+from collections import deque
 from collections.abc import Iterator
 
 from llm_jax.data.sources.builtin import top_level_module
@@ -43,11 +44,20 @@ def docstrings(file: InputFile) -> Iterator[tuple[str, str]]:
         tree = ast.parse(raw)
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node) or ""
             if text.isascii() and len(text) >= SHORTEST:  # a few test other encodings
                 yield getattr(node, "name", ""), text
+
+
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The module and its statements in the order of `ast.walk`, which takes five times as long over expressions too."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        yield (node := waiting.popleft())
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, part, ()))
 
 
 def read_records(file: InputFile) -> Iterator[tuple[int, dict[str, str]]]:
