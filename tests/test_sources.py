@@ -12,6 +12,7 @@ import pytest
 from llm_jax.config.schema import SourceConfig
 from llm_jax.data.sources import BadRecord, Position, open_source, token_files
 from llm_jax.data.sources import text as text_files
+from llm_jax.data.sources.builtin import module_group
 from llm_jax.errors import ConfigError, DataError
 
 
@@ -436,6 +437,25 @@ def test_the_standard_library():
     assert "asyncio/base_events.py" in names
     assert not [n for n in names if "/test/" in n or "/tests/" in n or "/idle_test/" in n or "__pycache__" in n]
     assert 5e6 < sum(len(d.text) for d in documents) < 2e7
+
+
+def test_docstrings_of_the_packages_that_are_there():
+    source, documents = read("package_docstrings")
+    assert not [d for d in documents if isinstance(d, BadRecord)]
+    groups = {d.group for d in documents}
+    assert {"asyncio", "jax/numpy", "scipy/stats", "numpy/linalg", "flax/linen"} <= groups
+    assert not [file.name for file in source.files if "/tests/" in file.name]
+    text = sum(len(d.text) for d in documents)
+    assert text > 3 * sum(len(d.text) for d in read("docstrings")[1]) and not any("\0" in d.text for d in documents)
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [("json/decoder.py", "json"), ("abc.py", "abc"), ("jax/_src/numpy/linalg.py", "jax/numpy"),
+     ("jax/__init__.py", "jax/__init__"), ("scipy/stats/_qmc.py", "scipy/stats")],
+)  # fmt: skip
+def test_what_stays_on_one_side_of_the_split(name, group):
+    assert module_group(name) == group
 
 
 def test_the_synthetic_text_is_always_the_same():

@@ -210,8 +210,8 @@ ModelConfig = DecoderConfig | EncoderConfig
 
 TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
 DATA_FORMATS = (
-    "auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "docstrings", "synthetic", "csv",
-    "tsv",
+    "auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "docstrings",
+    "package_docstrings", "synthetic", "csv", "tsv",
 )  # fmt: skip
 TABLE_FORMATS = ("auto", "jsonl", "csv", "tsv", "parquet", "docstrings")  # of labelled records
 
@@ -263,7 +263,7 @@ class ColumnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or the built-in "stdlib" and "synthetic"
+    path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or a built-in: sources.BUILT_IN
     format: str = one_of(*DATA_FORMATS)
     validation_path: str = ""
     text_key: str = "text"

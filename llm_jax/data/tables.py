@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_jax.config.schema import SourceConfig
 from llm_jax.data.sources import docstrings, find_files, open_source
-from llm_jax.data.sources.builtin import top_level_module
+from llm_jax.data.sources.builtin import module_group
 from llm_jax.data.sources.documents import InputFile, require
 from llm_jax.data.sources.streams import Meter, open_stream
 from llm_jax.errors import DataError
@@ -73,7 +73,7 @@ def read_table(source: SourceConfig, validation: bool = False, meter: Meter = la
     if "docstrings" in (source.format, path):
         for file in open_source(dataclasses.replace(source, path="docstrings", format="auto")).files:
             for number, values in docstrings.read_records(file):
-                yield Record(file.path, number, values, top_level_module(file.name))
+                yield Record(file.path, number, values, module_group(file.name))
         return
     found = False
     for file in find_files(path):

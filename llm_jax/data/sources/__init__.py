@@ -19,7 +19,7 @@ from llm_jax.errors import ConfigError, DataError
 
 __all__ = ["BadRecord", "Document", "InputFile", "Position", "Source", "open_source"]
 
-BUILT_IN = ("stdlib", "docstrings", "synthetic")
+BUILT_IN = ("stdlib", "docstrings", "package_docstrings", "synthetic")
 _RECORD_FORMATS = ("jsonl", "parquet", "arrayrecord", "hf")
 
 
@@ -96,8 +96,8 @@ class Source:
         if self.format == "text":
             return text.read_text(file, self.separator, start, meter)
         if self.format == "stdlib":
-            return text.read_text(file, "", start, meter, group=builtin.top_level_module(file.name))
-        if self.format == "docstrings":
+            return text.read_text(file, "", start, meter, group=builtin.module_group(file.name))
+        if self.format in ("docstrings", "package_docstrings"):
             return docstrings.read_documents(file, start)
         if self.format == "jsonl":
             return records.read_jsonl(file, self.text_key, start, meter)
@@ -147,9 +147,9 @@ def open_source(cfg: SourceConfig, validation: bool = False) -> Source:
         format = "hf"
     if format == "synthetic":
         return make("synthetic", format, (InputFile("synthetic", "synthetic", builtin.SYNTHETIC_BYTES),))
-    if format in ("stdlib", "docstrings"):
-        root, names = builtin.standard_library()
-        files = [input_file(os.path.join(root, name), name) for name in names]
+    if format in ("stdlib", "docstrings", "package_docstrings"):
+        found = builtin.standard_library() + (builtin.packages() if format == "package_docstrings" else [])
+        files = [input_file(path, name) for path, name in found]
         return make(format, format, tuple(f for f in files if f.size))  # many an __init__.py is empty
     if format == "hf" and path.startswith("hf:"):
         return make(path, format, (InputFile(path, path),))

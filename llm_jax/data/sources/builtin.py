@@ -1,5 +1,7 @@
-"""Corpora that every machine has: the source of Python's standard library, and a small synthetic one."""
+"""Corpora that every machine has: the sources of Python's standard library and of the packages that this one stands
+on, and a small synthetic one."""
 
+import importlib.util
 import os
 import random
 import sysconfig
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 from llm_jax.data.sources.documents import Document
 from llm_jax.errors import DataError
 
-# ------------------------------------------------------------------------------------------ standard library
+# ------------------------------------------------------------------------------------------ Python's own sources
 
 _SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data", "msilib",
@@ -21,23 +23,43 @@ _SKIPPED_FILES = {
 }  # fmt: skip
 
 
-def standard_library() -> tuple[str, list[str]]:
-    """Its folder and the names of its source files, without tests, tables and installed packages."""
+# What this package needs is there, and with scipy, which jax needs, has seven times the docstrings.
+PACKAGES = ("flax", "jax", "numpy", "optax", "orbax", "scipy")
+
+
+def standard_library() -> list[tuple[str, str]]:
+    """Path and name of its source files in order, without tests, tables and installed packages."""
     root = sysconfig.get_path("stdlib")
+    files = _source_files(root)
+    if not files:
+        raise DataError(f"This Python has no source files of its standard library in {root}: set data.path to a text.")
+    return [(path, name) for path, name in files if name not in _SKIPPED_FILES]
+
+
+def packages() -> list[tuple[str, str]]:
+    """Path and name of the source files of PACKAGES in order, without tests."""
+    found = []
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or ():
+            found += [(path, f"{package}/{name}") for path, name in _source_files(root)]
+    return found
+
+
+def _source_files(root: str) -> list[tuple[str, str]]:
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
         inside = os.path.relpath(folder, root)
         names += [os.path.normpath(os.path.join(inside, f)) for f in files if f.endswith(".py")]
-    names = [n for n in names if n not in _SKIPPED_FILES and not n.startswith("_sysconfigdata")]
-    if not names:
-        raise DataError(f"This Python has no source files of its standard library in {root}: set data.path to a text.")
-    return root, sorted(names)
+    return [(os.path.join(root, n), n) for n in sorted(names) if not n.startswith("_sysconfigdata")]
 
 
-def top_level_module(name: str) -> str:
-    """What keeps a package on one side of the split."""
-    return name.split("/")[0].removesuffix(".py")
+def module_group(name: str) -> str:
+    """What stays on one side of the split: a module of the standard library with all below it, and of a package each
+    of its own modules: "jax/numpy" for jax/_src/numpy/linalg.py."""
+    first, *rest = (part for part in name.removesuffix(".py").split("/") if part != "_src")
+    return "/".join([first, *rest[:1]]) if first in PACKAGES else first
 
 
 # ------------------------------------------------------------------------------------------------- synthetic

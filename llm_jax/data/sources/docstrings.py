@@ -1,4 +1,5 @@
-"""Real text with labels that every machine has: the docstrings of Python's standard library, by area.
+"""Real text that every machine has, docstrings: of Python's standard library with labels, by area, or of the packages
+that this one stands on too, without.
 
 The areas follow the chapters of the library's reference. A record is one docstring; it is held out by its top-level
 module, so that no text of a module is seen on both sides of the validation split.
@@ -10,7 +11,7 @@ import textwrap
 from collections import deque
 from collections.abc import Iterator
 
-from llm_jax.data.sources.builtin import top_level_module
+from llm_jax.data.sources.builtin import module_group
 from llm_jax.data.sources.documents import Document, InputFile
 from llm_jax.data.sources.streams import reading
 
@@ -47,7 +48,7 @@ def docstrings(file: InputFile) -> Iterator[tuple[str, str]]:
     for node in statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node) or ""
-            if text.isascii() and len(text) >= SHORTEST:  # a few test other encodings
+            if text.isascii() and "\0" not in text and len(text) >= SHORTEST:  # a few test other encodings
                 yield getattr(node, "name", ""), text
 
 
@@ -62,7 +63,7 @@ def statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 def read_records(file: InputFile) -> Iterator[tuple[int, dict[str, str]]]:
     """(number, {"text", "label", "module", "name"}) of the docstrings of an area's module."""
-    area = AREA_OF.get(top_level_module(file.name))
+    area = AREA_OF.get(module_group(file.name))
     if area is None:
         return
     for number, (name, text) in enumerate(docstrings(file), 1):
@@ -72,7 +73,7 @@ def read_records(file: InputFile) -> Iterator[tuple[int, dict[str, str]]]:
 def read_documents(file: InputFile, start: int) -> Iterator[tuple[int, Document]]:
     """All docstrings of a module as one document, a sentence a line."""
     if start < 1 and (lines := [line for _, text in docstrings(file) for line in sentences(text)]):
-        yield 1, Document(file.path, top_level_module(file.name), text="\n".join(lines) + "\n")
+        yield 1, Document(file.path, module_group(file.name), text="\n".join(lines) + "\n")
 
 
 def sentences(text: str) -> list[str]:
