@@ -56,10 +56,10 @@ def _source_files(root: str) -> list[tuple[str, str]]:
 
 
 def module_group(name: str) -> str:
-    """What stays on one side of the split: a module of the standard library with all below it, and of a package each
-    of its own modules: "jax/numpy" for jax/_src/numpy/linalg.py."""
-    first, *rest = (part for part in name.removesuffix(".py").split("/") if part != "_src")
-    return "/".join([first, *rest[:1]]) if first in PACKAGES else first
+    """What stays on one side of the split: a module of the standard library with all below it, a file of a package."""
+    whole = name.removesuffix(".py")
+    first = whole.split("/")[0]
+    return whole if first in PACKAGES else first
 
 
 # ------------------------------------------------------------------------------------------------- synthetic
