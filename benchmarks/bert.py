@@ -8,8 +8,8 @@ the area of docstrings (configs/bert/finetune_classification.py) from the same w
 the same order, with the same schedule and as many threads, in turn, a seed at a time; a seed draws another order and
 another head. The time is wall-clock, theirs from the first batch to the last figure of the evaluation, ours from before
 the step is compiled to that figure. That of our whole run (preparing the data, reading the checkpoint, saving) is told
-beside it. Ours takes a batch in micro-batches of 4 rows, and evaluates on 16 at a time, whose arrays fit the caches of
-a CPU: the sums are the same. (The peer takes 64, as its users do.) The launch script gives both sides huge pages.
+beside it. Ours evaluates on 16 rows at a time, whose arrays fit the caches of a CPU, the peer on 64 as its users do:
+the figures are the same. The launch script gives both sides huge pages.
 
 Then, of ours alone: what buckets and packing gain over padding to the full length, on the same texts; the share of
 time outside the step (from the end of one to the beginning of the next, with no overlap: an upper bound); and a few
@@ -45,7 +45,6 @@ from llm_jax.metrics import read_jsonl
 from llm_jax.training import evaluate, pretrained, train
 
 BATCH, EVAL_BATCH, LOGGING_STEPS = 16, 64, 10
-MICRO_BATCH = 4
 WARM = 10  # steps before times are taken
 # What the comparison is to show (at most, or at least).
 TIME_RATIO, OUTSIDE_SHARE, PADDING_RATIO, MASKED_MARGIN, PAIR_MARGIN = 0.7, 0.01, 0.5, 0.05, 0.05
@@ -59,7 +58,7 @@ def finetuning(model: str, steps: int, seed: int, **changes: Any) -> config.Conf
         "optim.warmup_steps": steps // 10, "optim.learning_rate": LEARNING_RATE, "optim.weight_decay": WEIGHT_DECAY,
         "eval.every": 0, "eval.patience": 0, "checkpoint.every": 0, "data.buckets": "", "log.trackers": "",
         "log.every": LOGGING_STEPS, "optim.decay_steps": steps,  # the peer's rate would be 0 after the last step
-        "train.accumulation": BATCH // MICRO_BATCH, "eval.batch_size": BATCH,
+        "eval.batch_size": BATCH,
     }  # fmt: skip
     keys |= {name.replace("__", "."): value for name, value in changes.items()}
     cfg = config.load("bert/finetune_classification", [f"{key}={value}" for key, value in keys.items()])
@@ -194,7 +193,7 @@ def padding(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     """The same texts for one pass, padded to the full length, to buckets, and packed."""
     ways = {
         "padded": {}, "buckets": {"data__buckets": "32,64,128"},
-        "packed": {"data__pack_texts": True, "train__global_batch_size": BATCH // 2, "train__accumulation": 2},
+        "packed": {"data__pack_texts": True, "train__global_batch_size": BATCH // 2},
     }  # fmt: skip
     found = {}
     for name, changes in ways.items():
