@@ -146,7 +146,10 @@ def run_ours(cfg: config.Config, folder: Path, name: str) -> dict[str, float]:
         return found
 
     real_compile_step, real_call = train.compile_step, evaluate.Evaluator.__call__
-    timed = mock.patch.object(train, "compile_step", compile_step), mock.patch.object(evaluate.Evaluator, "__call__", call)
+    timed = (
+        mock.patch.object(train, "compile_step", compile_step),
+        mock.patch.object(evaluate.Evaluator, "__call__", call),
+    )
     with contextlib.redirect_stdout(said), timed[0], timed[1]:
         began = time.perf_counter()
         train.train(cfg, str(workdir))
@@ -157,8 +160,9 @@ def run_ours(cfg: config.Config, folder: Path, name: str) -> dict[str, float]:
     compiled = sum(float(seconds) for seconds in re.findall(r"compiled the step in ([\d.]+) s", said.getvalue()))
     step = statistics.median(record["seconds_per_step"] for record in warm)
     return {
-        "seconds": marks["evaluated"] - marks["compiling"], "whole_seconds": whole, "compile_seconds": compiled, "accuracy": last["eval/accuracy"], "loss": last["eval/loss"],
-        "seconds_per_step": step, "wait_share": statistics.median(record["data_wait_share"] for record in warm),
+        "seconds": marks["evaluated"] - marks["compiling"], "whole_seconds": whole, "compile_seconds": compiled,
+        "accuracy": last["eval/accuracy"], "loss": last["eval/loss"], "seconds_per_step": step,
+        "wait_share": statistics.median(record["data_wait_share"] for record in warm),
         "padding_share": warm[-1]["padding_share"], "steps": cfg.train.steps,
     }  # fmt: skip
 

@@ -73,7 +73,7 @@ def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     x, dy = jax.lax.optimization_barrier((x, dy))  # else XLA would keep the forward pass's erf, an array more
     wide = at_least_float32(x)
     density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
-    return ((_normal_below(wide) + wide * density) * at_least_float32(dy)).astype(x.dtype),
+    return (((_normal_below(wide) + wide * density) * at_least_float32(dy)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

@@ -103,7 +103,9 @@ class LatentAttention(nn.Module):
         queries, keys, value = map(checkpoint_name, (queries, keys, value), names)
         attend = reference_attention
         if not self.is_initializing():
-            attend = attend_with(self.cfg, self.layout, self.kind, queries, shared.mask, drop=drop, own_places=own_places)
+            attend = attend_with(
+                self.cfg, self.layout, self.kind, queries, shared.mask, drop=drop, own_places=own_places
+            )
         return attend(queries, keys, value, shared.mask, softcap=self.cfg.attention_softcap, dropout=drop)
 
     def _linear(self, name: str, features: int, axes: tuple[str, str]) -> Linear:
