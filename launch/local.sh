@@ -104,8 +104,6 @@ prepare() {
 
 prepare
 export LLM_JAX_COMMAND=$0 # for the next commands that a run suggests
-# XLA's arrays on a CPU are new memory in every step; in huge pages that costs next to nothing (glibc 2.35 and later).
-hugepages=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 case ${1:-} in
   test)
     shift
@@ -114,7 +112,7 @@ case ${1:-} in
     ;;
   python)
     shift
-    GLIBC_TUNABLES=$hugepages exec "$venv/bin/python" "$@"
+    exec "$venv/bin/python" "$@"
     ;;
-  *) GLIBC_TUNABLES=$hugepages exec "$venv/bin/python" -m llm_jax.cli "$@" ;;
+  *) exec "$venv/bin/python" -m llm_jax.cli "$@" ;;
 esac

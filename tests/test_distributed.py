@@ -157,8 +157,12 @@ except UserError as error:
 did = []
 distributed.on_main(lambda: did.append(me))
 assert did == [0] * (me == 0)
-order = distributed.main_first(lambda: did.append(me) or list(did))
-assert order == [0, 0] if me == 0 else order == [1], order
+def leave():
+    if me == 0:
+        time.sleep(0.5)
+        Path(workdir, "left").write_text("of process 0")
+    return me, Path(workdir, "left").read_text()
+assert distributed.main_first(leave) == (me, "of process 0")
 def refuse():
     raise UserError("there is no room")
 try:

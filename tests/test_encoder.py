@@ -194,9 +194,8 @@ def test_training_flops_count_both_sides():
     assert found.attention == pytest.approx(12 * 2 * 16 * visible)
     hidden = training_flops(model.cfg, model.shapes(), model.axes(), 12, {"masked": 2 / 12})
     assert hidden.matrices == 6 * (2 * (4 * 16 * 16 + 2 * 16 * 24) + (16 * 16 + 30 * 16) / 6)
-    alone = build(
-        encoder(head="masked_pairs", scan_layers=False)
-    )  # of the last block all keys and values, 3 of 12 else
+    # of the last block keys and values of all tokens, of 3 in 12 the rest
+    alone = build(encoder(head="masked_pairs", scan_layers=False))
     found = training_flops(alone.cfg, alone.shapes(), alone.axes(), 12, {"masked": 2 / 12, "pairs": 1 / 12})
     last = 2 * 16 * 16 + (2 * 16 * 16 + 2 * 16 * 24) / 4
     heads = (16 * 16 + 30 * 16) / 6 + (16 * 16 + 16 * 2) / 12

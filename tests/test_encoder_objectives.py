@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import QUICK, assert_close, mesh_layout, numbers
 
-from llm_jax.config import EncoderConfig
+from llm_jax.config import DropoutConfig, EncoderConfig
 from llm_jax.models import registry
 from llm_jax.objectives.labelled import LabelledObjective, similarity_losses, span_losses
 from llm_jax.objectives.masked import MaskedObjective, ReplacedObjective, binary_cross_entropy, label_losses
@@ -169,10 +169,21 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("head", CASES)
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
-def test_a_mesh_and_micro_batches_give_the_gradient_of_one_device(head, mesh):
-    objective, make = CASES[head], encoder(head)
+DROPS = DropoutConfig(attention=0.3, attention_output=0.2, mlp_output=0.2)
+ALONE = {  # their last block computes what is read alone: 6 places of 12, or 2
+    "masked_pairs": dict(num_kv_heads=2, dropout=DROPS, scan_layers=False),
+    "text": dict(positions="relative", relative_buckets=8, dropout=DROPS, scan_layers=False),
+}
+MESHES = [dict(data=2, fsdp=2), dict(fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize(
+    "head, changes, mesh",
+    [(head, changes, mesh) for mesh in MESHES for head, changes in [*((h, {}) for h in CASES), *ALONE.items()]],
+    ids=str,
+)
+def test_a_mesh_and_micro_batches_give_the_gradient_of_one_device(head, changes, mesh):
+    objective, make = CASES[head], encoder(head, **changes)
     model = make()
     params, batch = numbers(model), {name: jnp.asarray(array) for name, array in masked_batch().items()}
 
@@ -189,18 +200,25 @@ def test_a_mesh_and_micro_batches_give_the_gradient_of_one_device(head, mesh):
     assert_close(run(make(layout), layout, 2), plain, rtol=1e-4, atol=1e-4)
 
 
-SPLIT = {  # head: (objective, micro-batches)
-    "masked_pairs": (MaskedObjective(), 2), "text": (LabelledObjective("classification"), 2),
-    "token": (LabelledObjective("tokens"), 1), "embedding": (LabelledObjective("similarity", texts_a_record=2), 1),
-    "replaced": (ReplacedObjective(), 1),
+SPLIT = {  # name: (head, objective, micro-batches, changes)
+    "masked_pairs": ("masked_pairs", MaskedObjective(), 2, {}),
+    "unrolled": ("masked_pairs", MaskedObjective(), 2, dict(dropout=DROPS, scan_layers=False)),
+    "text": ("text", LabelledObjective("classification"), 2, {}),
+    "token": ("token", LabelledObjective("tokens"), 1, {}),
+    "embedding": ("embedding", LabelledObjective("similarity", texts_a_record=2), 1, {}),
+    "replaced": ("replaced", ReplacedObjective(), 1, {}),
 }  # fmt: skip
+QUICK_ONES = ("masked_pairs", "unrolled")
 
 
-@pytest.mark.parametrize("head", ["masked_pairs", *(pytest.param(h, marks=pytest.mark.slow) for h in list(SPLIT)[1:])])
-def test_rows_split_over_their_tokens_give_the_gradient_of_one_device(head):
-    """Four devices share a row, whose two texts and four hidden places no four devices could share."""
-    objective, accumulation = SPLIT[head]
-    make, batch = encoder(head), masked_batch()
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_ONES else pytest.mark.slow) for name in SPLIT]
+)
+def test_rows_split_over_their_tokens_give_the_gradient_of_one_device(name):
+    """Four devices share a row, whose two texts and four hidden places no four devices could share. The last block then
+    computes whole rows ("unrolled": where one device computes what is read alone)."""
+    head, objective, accumulation, changes = SPLIT[name]
+    make, batch = encoder(head, **changes), masked_batch()
     if head == "token":
         batch["labels"] = np.where(batch["segment_ids"] > 0, batch["tokens"] % 3, -1)
     params = numbers(make())

@@ -5,7 +5,8 @@ Command    llm-jax train --config=bert/pretrain --config.data.path=TEXT/ --confi
 Data       a sentence a line, a blank line between documents: what BERT's create_pretraining_data.py takes. Masks are
            drawn anew each epoch; data.masking.redraw=False with copies=10 is the published form, where they come back.
            `tiny` needs nothing: the docstrings of Python's standard library and of the packages that this one stands
-           on (numpy, scipy, jax and others), 12 MB, a module being a document; some modules are held out whole.
+           on (numpy, scipy, jax and others), 12 MB, a file being a document; some files are held out whole, though the
+           same docstring may stand in two
 Hardware   a TPU or GPU slice for days; BERT's own took four days on 16 TPU chips. `tiny`: two CPU cores, minutes
 Expected   `base`: masked accuracy about 0.70 and pair accuracy about 0.97 (BERT's README: 0.6988 and 0.9685 on its own
            data). `tiny`: MEASURED

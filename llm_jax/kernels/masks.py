@@ -77,8 +77,9 @@ class AttentionMask:
 
 def at(x: jax.Array, places: jax.Array) -> jax.Array:
     """(B, P, ...): of (1 or B, T, ...) what stands at places (B, P) of each row."""
-    index = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(jnp.broadcast_to(x, (len(places), *x.shape[1:])), index, axis=1)
+    if len(x) == 1:  # of all rows alike: its gradient is of one row too
+        return jnp.take(x[0], places, axis=0)
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def causal_mask(

@@ -65,7 +65,8 @@ def choose_kernel(
       length: tokens of a row; 0: not known.
       dtype: of queries, keys and values: `precision.compute`.
       dropout: of probabilities: in training, where cfg.dropout.attention is not 0.
-      cache: decoding, for which the fastest is taken whatever `cfg.attention_kernel` says.
+      cache: queries stand at places of their own, in decoding or where the last block computes some tokens alone: the
+        fastest is taken then whatever `cfg.attention_kernel` says.
 
     Raises:
       ConfigError: the back end of that name cannot do it, with all that it lacks.

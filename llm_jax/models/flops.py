@@ -11,7 +11,8 @@ from llm_jax.models.attention import query_dim, value_dim
 from llm_jax.models.transformer import reads_alone
 
 FORMULA = (
-    "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token; recompute not counted"
+    "3 x (2 x matrix parameters + 4 x layers x heads x head size x mean visible keys) a token, of what is computed at "
+    "some tokens alone their share; recompute not counted"
 )
 
 
@@ -81,6 +82,9 @@ def training_flops(
 
 
 def share_of_last_block(cfg: TransformerConfig, shares: Mapping[str, float]) -> float:
-    """The share of a row's tokens that the last block computes, those that the heads read; keys and values apart."""
+    """The share of a row's tokens that the last block has to compute, those that the heads read; keys and values apart.
+
+    A mesh that splits rows computes the others too, which does not count, as recomputation does not.
+    """
     whole = not shares or not reads_alone(cfg) or getattr(cfg, "head_pooling", "") == "mean"
     return 1.0 if whole else min(sum(shares.values()), 1.0)

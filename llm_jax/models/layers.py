@@ -272,7 +272,8 @@ def dropout(
       key: of this place in the model; None: no dropout.
       rows: (B,) int32.
       tokens: (T,) or (B, T) int32, the places of tokens that may stand in another order, or be some of a row.
-      lines: int32 (x.shape[:-1]), where x has some lines of a larger array: each one's number in its row there.
+      lines: int32 (x.shape[:-1]), where x has some lines of a larger array: each one's number in its row there. Not
+        with `tokens`.
     """
     if key is None or not rate:
         return x

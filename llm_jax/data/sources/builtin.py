@@ -4,6 +4,7 @@ on, and a small synthetic one."""
 import importlib.util
 import os
 import random
+import re
 import sysconfig
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ _SKIPPED_FILES = {
 }  # fmt: skip
 
 
-# What this package needs is there, and with scipy, which jax needs, has seven times the docstrings.
+# What this package needs is there; with scipy, which jax needs, its docstrings are seven times those of the library.
 PACKAGES = ("flax", "jax", "numpy", "optax", "orbax", "scipy")
 
 
@@ -38,11 +39,12 @@ def standard_library() -> list[tuple[str, str]]:
 
 def packages() -> list[tuple[str, str]]:
     """Path and name of the source files of PACKAGES in order, without tests."""
+    test = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
     found = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         for root in (spec and spec.submodule_search_locations) or ():
-            found += [(path, f"{package}/{name}") for path, name in _source_files(root)]
+            found += [(path, f"{package}/{name}") for path, name in _source_files(root) if not test.search(name)]
     return found
 
 

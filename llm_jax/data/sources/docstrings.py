@@ -2,12 +2,13 @@
 that this one stands on too, without.
 
 The areas follow the chapters of the library's reference. A record is one docstring; it is held out by its top-level
-module, so that no text of a module is seen on both sides of the validation split.
+module, so that no text of a module is seen on both sides of the validation split (of a package: of a file).
 """
 
 import ast
 import re
 import textwrap
+import warnings
 from collections import deque
 from collections.abc import Iterator
 
@@ -42,7 +43,9 @@ def docstrings(file: InputFile) -> Iterator[tuple[str, str]]:
     with reading(file.path), open(file.path, "rb") as stream:
         raw = stream.read()
     try:
-        tree = ast.parse(raw)
+        with warnings.catch_warnings():  # of escapes that a later Python will not take
+            warnings.simplefilter("ignore")
+            tree = ast.parse(raw)
     except (SyntaxError, ValueError):
         return
     for node in statements(tree):
