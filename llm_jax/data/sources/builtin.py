@@ -39,7 +39,7 @@ def standard_library() -> list[tuple[str, str]]:
 
 def packages() -> list[tuple[str, str]]:
     """Path and name of the source files of PACKAGES in order, without tests."""
-    test = re.compile(r"(^|/)(test_[^/]*|[^/]*_test)\.py$")
+    test = re.compile(r"(^|/)(test_[^/]*|testing|[^/]*_test\.py)(/|$)")
     found = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
