@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import EncoderConfig
 from llm_jax.kernels.cross_entropy import cross_entropy
-from llm_jax.kernels.masks import AttentionMask
+from llm_jax.kernels.masks import AttentionMask, at
 from llm_jax.models.attention import Shared
 from llm_jax.models.decoder import padded_vocab
 from llm_jax.models.disentangled import log_bucket
@@ -209,8 +209,10 @@ class Encoder(nn.Module):
         if cfg.embedding_dim not in (0, cfg.embed_dim):
             x = self.layout(self.embedding_projection(x), *axes)
         places = jnp.broadcast_to(index[None], tokens.shape) if positions is None else positions
-        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places), read=read)
-        return x if cfg.norm_placement == "post" else self.final_norm(x), keys[2]
+        early = read is not None and self.stack.reads_alone(read, length)
+        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places), read=read if early else None)
+        x = x if cfg.norm_placement == "post" else self.final_norm(x)
+        return x if read is None or early else self._at(x, read), keys[2]
 
     def _embed(self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None) -> jax.Array:
         """Token + type + position, and their norm: (B, T, D), or narrower where they are projected."""
@@ -259,6 +261,11 @@ class Encoder(nn.Module):
 
     def _masked_logits(self, x: jax.Array) -> jax.Array:
         return self.masked(x, self.embedding.head())
+
+    def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
+        """(B, P, D): the vectors (B, T, D) at places (B, P)."""
+        x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
+        return self.layout(at(x, places), "batch", None, "embed")
 
     def _mean(self, x: jax.Array, starts: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """(B, S, D): the mean of the vectors (B, T, D) of the texts that begin at `starts` (B, S)."""

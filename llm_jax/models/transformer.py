@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 def reads_alone(cfg: TransformerConfig) -> bool:
-    """Whether the last block can compute some tokens alone.
+    """Whether the last block can compute some tokens alone, on a mesh that keeps rows whole.
 
     A block in a loop over layers does what the others do, latent and disentangled attention and experts take whole
     rows.
@@ -185,29 +185,11 @@ class Stack(nn.Module):
     ) -> tuple[jax.Array, Routing | None]:
         """x after all blocks, and the sum of their routing statistics.
 
-        With `read` (B, P), the places of the only tokens that are wanted, x is (B, P, D): the last block, where it can,
-        computes no others. Loss and gradients are the same, dropout's masks too.
+        With `read` (B, P), where `reads_alone`, the last block computes the tokens at these places alone, and x is
+        (B, P, D): the same numbers, of dropout's masks too.
         """
         kinds = layer_kinds(self.cfg)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(kinds)))
-        whole_rows = all(self.layout.activation_pieces(axis) == 1 for axis in ("length", "residual_length"))
-        few = read is not None and read.shape[1] < x.shape[1]
-        early = few and whole_rows and reads_alone(self.cfg)
-        x, routing = self._all(kinds, x, keys, shared, cache_length, read if early else None)
-        if read is not None and not early:
-            x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
-            x = at(x, read)
-        return x if read is None else self.layout(x, "batch", None, "embed"), routing
-
-    def _all(
-        self,
-        kinds: Sequence[LayerKind],
-        x: jax.Array,
-        keys: jax.Array | None,
-        shared: Shared,
-        cache_length: int,
-        read: jax.Array | None,
-    ) -> tuple[jax.Array, Routing | None]:
         if not self.cfg.scan_layers:
             return self._each(kinds, x, keys, shared, cache_length, read)
         routing = None
@@ -216,6 +198,11 @@ class Stack(nn.Module):
             x, found = self._stacked(segment, x, part, shared, cache_length)
             routing = found if routing is None else jax.tree.map(jnp.add, routing, found)
         return x, routing
+
+    def reads_alone(self, read: jax.Array, length: int) -> bool:
+        """Whether the last block can compute the places `read` (B, P) alone, of rows of `length` that are whole here."""
+        whole_rows = all(self.layout.activation_pieces(axis) == 1 for axis in ("length", "residual_length"))
+        return whole_rows and reads_alone(self.cfg) and read.shape[1] < length
 
     def _each(
         self,
