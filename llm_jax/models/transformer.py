@@ -200,7 +200,7 @@ class Stack(nn.Module):
         return x, routing
 
     def reads_alone(self, read: jax.Array, length: int) -> bool:
-        """Whether the last block can compute the places `read` (B, P) alone, of rows of `length` that are whole here."""
+        """Whether the last block can compute the places `read` (B, P) alone, of rows of `length`, on this mesh."""
         whole_rows = all(self.layout.activation_pieces(axis) == 1 for axis in ("length", "residual_length"))
         return whole_rows and reads_alone(self.cfg) and read.shape[1] < length
 
