@@ -60,7 +60,7 @@ def get_config(arg: str = "base") -> ConfigDict:
             train=dict(
                 steps=steps,
                 global_batch_size=64 if tiny else 32_768 if large else 256,
-                accumulation=4 if tiny else 1,  # the arrays of 16 rows fit the caches of a CPU
+                accumulation=4 if tiny else 1,  # 16 rows at a time take less memory
             ),
             optim=dict(
                 name="lamb" if large else "adamw",

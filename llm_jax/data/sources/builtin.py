@@ -24,7 +24,7 @@ _SKIPPED_FILES = {
 }  # fmt: skip
 
 
-# What this package needs is there; with scipy, which jax needs, its docstrings are seven times those of the library.
+# What this package needs is there; with scipy, which jax needs, its docstrings are six times those of the library.
 PACKAGES = ("flax", "jax", "numpy", "optax", "orbax", "scipy")
 
 

@@ -56,7 +56,7 @@ def docstrings(file: InputFile) -> Iterator[tuple[str, str]]:
 
 
 def statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """The module and its statements in the order of `ast.walk`, which takes five times as long over expressions too."""
+    """The module and its statements in the order of `ast.walk`, without the expressions that this one walks too."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
         yield (node := waiting.popleft())
