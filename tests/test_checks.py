@@ -298,7 +298,9 @@ def test_a_run_of_another_machine_is_restored_on_the_devices_here(capsys, change
 
 MASKED = ["data.task=masked", "model.family=encoder", "model.head=masked_pairs", "data.eos=lines",
           "data.tokenizer=wordpiece", "train.steps=100"]  # fmt: skip
-LABELLED = ["data.task=classification", "model.family=encoder", "model.head=text", "data.tokenizer=t.json"]
+LABELLED = [
+    "data.task=classification", "data.path=t.jsonl", "model.family=encoder", "model.head=text", "data.tokenizer=t.json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -317,6 +319,7 @@ LABELLED = ["data.task=classification", "model.family=encoder", "model.head=text
         ([*LABELLED, "data.masking.rate=0.3"], ["data.masking.rate = 0.3", "it is read only with data.task = masked"]),
         ([*LABELLED, "data.tokenizer=byte"], ["data.tokenizer = 'byte'", "checkpoint.init_from=hf:PATH"]),
         ([*LABELLED, "data.buckets=999"], ["data.buckets = '999'", "from 1 to data.sequence_length"]),
+        ([*LABELLED, "data.path=package_docstrings"], ["data.path = 'package_docstrings'", "only docstrings has"]),
         ([*LABELLED, "data.format=text"], ["data.format = 'text'", "jsonl, csv, tsv or parquet"]),
         ([*LABELLED, "data.task=choice"], ["data.columns.choices = ()", "name two columns or more"]),
         ([*LABELLED, "data.task=similarity", "model.head=embedding"], ["data.columns.pair = ''", "second column"]),

@@ -209,10 +209,8 @@ ModelConfig = DecoderConfig | EncoderConfig
 # ----------------------------------------------------------------------------------------------------- data
 
 TOKEN_FORMATS = ("nanogpt", "llmc", "megatron")  # their files hold token ids, not text
-DATA_FORMATS = (
-    "auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", "stdlib", "docstrings",
-    "package_docstrings", "synthetic", "csv", "tsv",
-)  # fmt: skip
+BUILT_IN = ("stdlib", "docstrings", "package_docstrings", "synthetic")  # texts that every machine has
+DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord", *TOKEN_FORMATS, "hf", *BUILT_IN, "csv", "tsv")
 TABLE_FORMATS = ("auto", "jsonl", "csv", "tsv", "parquet", "docstrings")  # of labelled records
 
 
@@ -263,7 +261,7 @@ class ColumnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or a built-in: sources.BUILT_IN
+    path: str = "stdlib"  # file, folder, glob, "hf:owner/name", or one of BUILT_IN
     format: str = one_of(*DATA_FORMATS)
     validation_path: str = ""
     text_key: str = "text"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax.config.schema import LABELLED_TASKS, TABLE_FORMATS, Config, DataConfig, MaskingConfig
+from llm_jax.config.schema import BUILT_IN, LABELLED_TASKS, TABLE_FORMATS, Config, DataConfig, MaskingConfig
 from llm_jax.config.values import refuse
 
 # Keys that are read under some tasks only (see checks.ONLY_WITH).
@@ -113,6 +113,9 @@ def check_labelled(cfg: Config) -> None:
     if data.format not in TABLE_FORMATS:
         raise refuse("data.format", data.format, f"data.task = {task!r} reads records", "give a jsonl, csv, tsv or "
                      "parquet file")  # fmt: skip
+    if data.path in BUILT_IN and data.path not in TABLE_FORMATS:
+        raise refuse("data.path", data.path, f"data.task = {task!r} needs labels, which of the built-in texts only "
+                     "docstrings has", "give that, or a file of your own")  # fmt: skip
     if data.tokenizer in ("byte", "char", "bpe", "wordpiece", "none"):
         raise refuse("data.tokenizer", data.tokenizer, f"data.task = {task!r} goes on with an encoder's own tokenizer",
                      "give its tokenizer.json, or checkpoint.init_from=hf:PATH, which brings it along")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.config.schema import DATA_FORMATS, TOKEN_FORMATS, SourceConfig
+from llm_jax.config.schema import BUILT_IN, DATA_FORMATS, TOKEN_FORMATS, SourceConfig
 from llm_jax.data.sources import builtin, docstrings, hub, records, text, token_files
 from llm_jax.data.sources.documents import BadRecord, Document, InputFile
 from llm_jax.data.sources.streams import Meter, reading
@@ -19,7 +19,6 @@ from llm_jax.errors import ConfigError, DataError
 
 __all__ = ["BadRecord", "Document", "InputFile", "Position", "Source", "open_source"]
 
-BUILT_IN = ("stdlib", "docstrings", "package_docstrings", "synthetic")
 _RECORD_FORMATS = ("jsonl", "parquet", "arrayrecord", "hf")
 
 
