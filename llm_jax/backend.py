@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def keep_compiled_programs() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     jax.config.update("jax_raise_persistent_cache_errors", False)
+    # Programs with oneDNN's products (`compiler_options`) cannot be written, which is as it should be.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
 
 
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
@@ -112,8 +115,15 @@ def activation_bytes(cfg: Config) -> int:
 FUSION_MEMORY = {"TPU v5": 49_152, "TPU v6 lite": 98_304, "TPU7x": 65_536}
 
 
+def compiler_options_here() -> dict[str, bool | str | int]:
+    """Those of the first device of this process."""
+    import jax
+
+    return compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
+
+
 def compiler_options(platform: str, kind: str) -> dict[str, bool | str | int]:
-    """What XLA is told when it compiles a training step for devices of this platform and kind (`device_kind`).
+    """What XLA is told when it compiles a training step, or its evaluation, for devices of this platform and kind (`device_kind`).
 
     On CPUs, from jax 0.12 on: oneDNN's matrix products, and vectors of 512 bits. A small model's step takes 5 to 10 %
     less with them, and is compiled at every start, for such programs cannot be kept; before 0.12 they are slower than

@@ -297,6 +297,22 @@ def test_texts_are_padded_to_the_shortest_bucket_that_holds_all(folder):
     assert batch["labels"][:, 0].tolist() == store.train.labels[short].tolist()
 
 
+def test_texts_of_one_bucket_are_drawn_together(folder):
+    cfg = config(folder, words(1200), buckets=("8", "12"))
+    stream = LabelledStream(prepare(cfg), cfg, seed=5)
+    batches = [stream.batch(first, 12, np.arange(12)) for first in range(0, 2400, 12)]
+    for epoch in (batches[:100], batches[100:]):  # pools of 300 rows, 25 batches
+        assert sorted(text for batch in epoch for text in batch["text_ids"][:, 0]) == list(range(1200))
+        lengths = [batch["tokens"].shape[1] for batch in epoch]
+        assert set(lengths) == {8, 12, 16}
+        assert sum(a != b for a, b in zip(lengths, lengths[1:], strict=False)) <= 4 * 3  # a run a bucket and pool
+        widest = np.mean([max((batch["segment_ids"] > 0).sum(1)) <= 8 for batch in epoch])
+        fitting = np.mean(stream.rows.filled <= 8)
+        assert widest == pytest.approx(fitting, abs=0.08)  # all but the batches in which buckets meet
+    first = [batch["tokens"].shape[1] for batch in batches[::25]]
+    assert len(set(first)) > 1  # no bucket always comes first
+
+
 def test_packed_rows_hold_every_text_once(folder):
     cfg = config(folder, words(60), length=32, pack_texts=True)
     store = prepare(cfg)

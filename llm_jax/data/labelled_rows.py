@@ -10,7 +10,7 @@ A batch is a dict of arrays, with B rows of T places and S texts a row at most:
 
 Records with several texts (choice, similarity) have one text a row, and text c of record b stands in row c * B + b.
 All rows of a batch are padded to the same bucket, which follows from the whole global batch: so there are as many
-shapes as buckets, and every process chooses the same one.
+shapes as buckets, and every process chooses the same one. Rows of one bucket are drawn together.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,11 @@ from llm_jax.config.schema import DataConfig
 from llm_jax.data.labelled import UNLABELLED, Examples, LabelledStore, texts_a_record
 from llm_jax.data.mixture import BLOCK, shuffled_block
 from llm_jax.data.packing import Rows
+from llm_jax.data.shuffle import stream_key, uniform
 
 MOST_TEXTS = 32  # in a packed row
-VERSION = 1  # of the order and of packing; another gives another stream
+POOL = 512  # rows of an epoch's order, or a quarter of a small one, within which those of a bucket come together
+VERSION = 2  # of the order and of packing; another gives another stream
 
 
 class LabelledRows:
@@ -49,7 +51,7 @@ class LabelledRows:
     def bucket(self, numbers: np.ndarray) -> int:
         """The length that rows with these numbers are padded to; numbers beyond the last are rows of padding."""
         longest = int(self.filled[numbers[numbers < len(self)]].max(initial=0))
-        return next(length for length in self.buckets if longest <= length)
+        return self.buckets[np.searchsorted(self.buckets, longest)]
 
     def batch(self, numbers: np.ndarray, which: np.ndarray, length: int) -> Rows:
         """Rows of `length` places: text `which[i]` of the records of row `numbers[i]`."""
@@ -108,7 +110,11 @@ def pack(lengths: np.ndarray, room: int, most: int) -> list[list[int]]:
 
 
 class LabelledStream:
-    """The endless training stream: each epoch a permutation of the rows, by arithmetic from the sample's number."""
+    """The endless training stream: each epoch a permutation of the rows, by arithmetic from the sample's number.
+
+    A pool of neighbours in that order is drawn bucket by bucket, the buckets in random order: so most batches need no
+    more room than their own rows', whatever their size.
+    """
 
     def __init__(self, store: LabelledStore, cfg: DataConfig, seed: int):
         self.rows = LabelledRows(store.train, cfg)
@@ -143,8 +149,16 @@ class LabelledStream:
         for epoch, block in set(zip(epochs.tolist(), blocks.tolist(), strict=True)):
             here = (epochs == epoch) & (blocks == block)
             order = shuffled_block(self._seed, self._name, len(self.rows), epoch, block)
-            numbers[here] = order[places[here] % BLOCK]
+            numbers[here] = self._by_bucket(order, epoch, block)[places[here] % BLOCK]
         return numbers
+
+    def _by_bucket(self, order: np.ndarray, epoch: int, block: int) -> np.ndarray:
+        """The rows of a block with those of each pool sorted by a random rank of their buckets."""
+        buckets = self.rows.buckets
+        size = max(min(POOL, len(self.rows) // 4), 1)
+        pools, own = np.arange(len(order)) // size, np.searchsorted(buckets, self.rows.filled[order])
+        rank = uniform(pools * len(buckets) + own, stream_key(self._seed, "buckets", self._name, epoch, block))
+        return order[np.lexsort((rank, pools))]
 
 
 def evaluation_batches(

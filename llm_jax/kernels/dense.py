@@ -31,7 +31,7 @@ def reference_attention(
       mask: which keys each query sees. A query that sees none (padding) gets a finite value that nothing may use.
       softcap: c in c*tanh(scores/c), before the mask; 0 leaves them.
       bias: (1 or B, N, T, S), added to the scores.
-      dropout: applied to the probabilities, (B, K, T, N / K, S).
+      dropout: of the probabilities, (B, K, T, N / K, S): it zeroes some and scales the rest.
       sinks: (N,), each head's score of a key that all queries see and that holds no value (gpt-oss, arXiv
         2508.10925): probabilities add up to less than 1. It is not scaled, capped or dropped.
 
@@ -43,8 +43,10 @@ def reference_attention(
     # The queries that share a key head are rows of one product; with g as an axis of its own it is slower on CPUs.
     query = (query * size**-0.5).reshape(batch, length, kv_heads, groups, size)
     query = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, length * groups, size)
+    # One copy of each serves all products, forward and backward: left to itself, XLA:CPU makes one more, transposed.
+    key, value = jax.lax.optimization_barrier((jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)))
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bkqh,bskh->bkqs", query, key, preferred_element_type=wide)
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=wide)
     scores = scores.reshape(batch, kv_heads, length, groups, -1)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -52,22 +54,25 @@ def reference_attention(
         bias = bias.reshape(bias.shape[0], kv_heads, groups, *bias.shape[2:])
         scores = scores + jnp.swapaxes(bias, 2, 3)
     scores = jnp.where(mask.dense()[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
-    if sinks is None:
-        probabilities = jax.nn.softmax(scores)
-    else:
-        probabilities = softmax_with_sink(scores, sinks.astype(wide).reshape(1, kv_heads, 1, groups, 1))
+    weights, total = softmax_parts(scores, None if sinks is None else sinks.astype(wide).reshape(kv_heads, 1, groups, 1))
     if dropout is not None:
-        probabilities = dropout(probabilities)
-    probabilities = probabilities.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
-    out = jnp.einsum("bkqs,bskh->bkqh", probabilities, value).reshape(batch, kv_heads, length, groups, -1)
-    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, -1)
+        weights = dropout(weights)
+    weights = weights.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=wide)
+    out = out.reshape(batch, kv_heads, length, groups, -1) / total
+    return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, -1).astype(value.dtype)
 
 
-def softmax_with_sink(scores: jax.Array, sink: jax.Array) -> jax.Array:
-    """exp(scores) / (sum(exp(scores)) + exp(sink)) over the last axis, where `sink` has size 1."""
-    peak = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
+def softmax_parts(scores: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Numerators of a softmax over the last axis, and their sum with that of a score that all have: (..., S), (..., 1).
+
+    Whoever multiplies the numerators with values divides behind that: fewer numbers, and no sum over keys backward.
+    """
+    peak = scores.max(-1, keepdims=True)
+    peak = jax.lax.stop_gradient(peak if sink is None else jnp.maximum(peak, sink[None]))
     weights = jnp.exp(scores - peak)
-    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - peak))
+    total = weights.sum(-1, keepdims=True)
+    return weights, total if sink is None else total + jnp.exp(sink[None] - peak)
 
 
 def jax_attention(implementation: str) -> Callable[..., jax.Array]:

@@ -277,13 +277,19 @@ def dropout(
     """
     if key is None or not rate:
         return x
-    each = jax.vmap(jax.random.fold_in, (None, 0))
-    keys, shape = each(key, rows), x.shape[1:]
     kept = max(round((1 - rate) * 2**16), 1)  # of 2**16
-    draw = lambda key, *lines: bits16(key, shape, *lines) <= kept - 1  # noqa: E731
+    keep = draws(key, rows, tokens, lines, x.shape) <= kept - 1
+    return jnp.where(layout(keep, *axes), x, 0) * (2**16 / kept)
+
+
+@functools.partial(jax.jit, static_argnums=4)  # traced once a shape: a model has many such places
+def draws(
+    key: jax.Array, rows: jax.Array, tokens: jax.Array | None, lines: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """Uniform uint16 of `shape`, each row's, or each token's, of its own key; arguments as `dropout`."""
+    each = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = each(key, rows)
     if tokens is None:
-        keep = jax.vmap(draw)(keys) if lines is None else jax.vmap(draw)(keys, lines)
-    else:
-        keys, shape = jax.vmap(each, (0, None if tokens.ndim == 1 else 0))(keys, tokens), x.shape[2:]
-        keep = jax.vmap(jax.vmap(draw))(keys)
-    return jnp.where(layout(keep, *axes), x * (2**16 / kept), 0)
+        return jax.vmap(lambda key, lines: bits16(key, shape[1:], lines))(keys, lines)
+    keys = jax.vmap(each, (0, None if tokens.ndim == 1 else 0))(keys, tokens)
+    return jax.vmap(jax.vmap(lambda key: bits16(key, shape[2:])))(keys)

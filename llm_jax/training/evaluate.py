@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from llm_jax.backend import compiler_options_here
 from llm_jax.config import Config, EvalConfig
 from llm_jax.config.schema import LABELLED_TASKS
 from llm_jax.data import labelled_scores, loader
@@ -42,7 +43,9 @@ class Evaluator:
     ):
         self.batches, self.objective, self.measure = batches, objective, measure
         self._evaluate = jax.jit(  # replicated: every process reads all rows
-            lambda params, batch: objective.evaluation(model, params, batch), out_shardings=layout.replicated
+            lambda params, batch: objective.evaluation(model, params, batch),
+            out_shardings=layout.replicated,
+            compiler_options=compiler_options_here(),
         )
 
     def __call__(self, params: Any, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, float]:

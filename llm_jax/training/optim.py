@@ -195,8 +195,11 @@ def _is_positive_number(text: str) -> bool:
 
 def make(
     cfg: OptimConfig, total_updates: int, shapes: Tree, axes: Tree, *, balance_rate: float | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The whole update rule: (gradients, state, parameters) -> (what to add to the parameters, state).
+
+    A caller that has the gradients' norm (`global_norm` of those that `counted_mask` names) may hand it to the update
+    as grad_norm=; without, clipping takes it anew.
 
     Args:
       total_updates: length of the run, for the schedule.
@@ -216,7 +219,7 @@ def make(
     factors = lr_factors(cfg, shapes)
     parts = [
         _normalize(depths) if cfg.normalize_gradients else None,
-        _clip(cfg.clip_norm) if cfg.clip_norm else None,
+        _clip(cfg.clip_norm, changed=cfg.normalize_gradients) if cfg.clip_norm else None,
         *_scale_by_optimizer(cfg, shapes, axes, depths, trainable),
         optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, axes)) if cfg.weight_decay else None,
         _trust_ratio(depths, axes) if cfg.name == "lamb" else None,
@@ -357,14 +360,20 @@ def _normalize(depths: Tree) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: _map_table(one, depths, updates))
 
 
-def _clip(max_norm: float) -> optax.GradientTransformation:
-    """g * min(1, max_norm / norm): one product an element, where optax's clip divides, multiplies and selects."""
+def _clip(max_norm: float, *, changed: bool) -> optax.GradientTransformationExtraArgs:
+    """g * min(1, max_norm / norm): one product an element, where optax's clip divides, multiplies and selects.
 
-    def clip(updates: Tree, _: Tree) -> Tree:
-        factor = jnp.minimum(1.0, max_norm / global_norm(updates))
-        return jax.tree.map(lambda g: g * factor, updates)
+    Where gradients were `changed` before they come here, the norm that the caller knows is not theirs.
+    """
 
-    return optax.stateless(clip)
+    def clip(
+        updates: Tree, state: Any, params: Tree = None, *, grad_norm: jax.Array | None = None, **_: Any
+    ) -> tuple[Tree, Any]:
+        norm = global_norm(updates) if changed or grad_norm is None else grad_norm
+        factor = jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clip)
 
 
 def _scale_leaves(factors: Tree) -> optax.GradientTransformation:
@@ -376,11 +385,14 @@ def _map_table(f: Callable[..., jax.Array], table: Tree, *trees: Tree) -> Tree:
     return jax.tree.map(lambda entry, *nodes: jax.tree.map(functools.partial(f, entry), *nodes), table, *trees)
 
 
-def _at_least_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    def update(updates: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-        return tx.update(jax.tree.map(at_least_float32, updates), state, jax.tree.map(at_least_float32, params))
+def _at_least_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    tx = optax.with_extra_args_support(tx)
 
-    return optax.GradientTransformation(lambda params: tx.init(jax.tree.map(at_least_float32, params)), update)
+    def update(updates: Tree, state: Any, params: Tree, **known: Any) -> tuple[Tree, Any]:
+        wide = lambda tree: jax.tree.map(at_least_float32, tree)  # noqa: E731
+        return tx.update(wide(updates), state, wide(params), **known)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(jax.tree.map(at_least_float32, params)), update)
 
 
 def _check_axes(shapes: Tree, axes: Tree) -> None:

@@ -93,7 +93,7 @@ def deal(x: jax.Array, accumulation: int, layout: Layout, length: int) -> jax.Ar
 def make_train_step(
     model: Model,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     learning_rate: Callable[[jax.Array], jax.Array],
     layout: Layout,
     abstract_state: TrainState,
@@ -132,7 +132,7 @@ def make_train_step(
 
         def update(params: Any, opt_state: Any, ema: Any) -> tuple[Any, Any, Any]:
             opt_state = train_state.in_device_memory(opt_state, abstract_state.opt_state)
-            changes, opt_state = tx.update(grads, opt_state, params)
+            changes, opt_state = tx.update(grads, opt_state, params, grad_norm=grad_norm)
             opt_state = train_state.in_own_memory(opt_state, abstract_state.opt_state)
             params = optax.apply_updates(params, changes)
             if ema is not None:

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax import __version__, distributed, metrics, sharding
-from llm_jax.backend import compiler_options
+from llm_jax.backend import compiler_options_here
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.config.mesh import MESH_AXES
 from llm_jax.config.schema import LABELLED_TASKS
@@ -267,11 +266,7 @@ def compile_step(train_step: Any, state: TrainState, batch: Any, run: Run) -> An
         compiled = executable.load(run.executable, lowered, executable.fingerprint(run.cfg, jax.devices(), batch))
         run.out.say(f"loaded the step from {run.executable} in {time.monotonic() - began:.1f} s")
         return compiled
-    options = compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
-    with warnings.catch_warnings():
-        if options:  # programs with oneDNN's products cannot be written into the compile cache
-            warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
-        compiled = lowered.compile(compiler_options=options)
+    compiled = lowered.compile(compiler_options=compiler_options_here())
     run.out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
