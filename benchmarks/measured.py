@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import sharding
-from llm_jax.backend import compiler_options
+from llm_jax import backend, sharding
 from llm_jax.config import Config, check, load, run_steps
 from llm_jax.models import registry
 from llm_jax.precision import Precision
@@ -51,8 +50,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, Any]:
     check(cfg)
     layout = sharding.make_layout(cfg.mesh)
     began = time.monotonic()
-    options = compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
-    compiled = lower_step(cfg, layout).compile(compiler_options=options)
+    compiled = backend.compiled(lower_step(cfg, layout))
     compiled_after = time.monotonic() - began
 
     model = registry.build(cfg.model, layout, Precision.make(cfg.precision))

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 from llm_jax.config.schema import Config
 
@@ -62,8 +63,6 @@ def keep_compiled_programs() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     jax.config.update("jax_raise_persistent_cache_errors", False)
-    # Programs with oneDNN's products (`compiler_options`) cannot be written, which is as it should be.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
 
 
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
@@ -115,15 +114,19 @@ def activation_bytes(cfg: Config) -> int:
 FUSION_MEMORY = {"TPU v5": 49_152, "TPU v6 lite": 98_304, "TPU7x": 65_536}
 
 
-def compiler_options_here() -> dict[str, bool | str | int]:
-    """Those of the first device of this process."""
+def compiled(lowered: Any) -> Any:
+    """The program of a step or its evaluation (`jax.stages.Lowered`) for the devices of this process."""
     import jax
 
-    return compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
+    options = compiler_options(jax.default_backend(), jax.devices()[0].device_kind)
+    with warnings.catch_warnings():  # programs with oneDNN's products cannot be written into the compile cache
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*ToProto is not implemented")
+        return lowered.compile(compiler_options=options)
 
 
 def compiler_options(platform: str, kind: str) -> dict[str, bool | str | int]:
-    """What XLA is told when it compiles a training step, or its evaluation, for devices of this platform and kind (`device_kind`).
+    """What XLA is told when it compiles a training step, or its evaluation, for devices of this platform and kind
+    (`device_kind`).
 
     On CPUs, from jax 0.12 on: oneDNN's matrix products, and vectors of 512 bits. A small model's step takes 5 to 10 %
     less with them, and is compiled at every start, for such programs cannot be kept; before 0.12 they are slower than

@@ -32,6 +32,7 @@ def bits16(key: jax.Array, shape: tuple[int, ...], lines: jax.Array | None = Non
     lines = jnp.arange(math.prod(before)) if lines is None else lines
     line = lines.astype(jnp.uint32).reshape(*before, 1)
     place = jax.lax.broadcasted_iota(jnp.uint32, blocks, len(before))
+    # The barrier: words are made once, not once for each of what reads them.
     words = jax.lax.optimization_barrier(threefry(jax.random.key_data(key), jnp.broadcast_to(line, blocks), place))
     halves = [half.astype(jnp.uint16) for word in words for half in (word & 0xFFFF, word >> 16)]
     # A quarter of the line each: woven into one another they would cost CPUs more than the cipher.
@@ -45,8 +46,8 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 def threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
 
-    The numbers of jax's own primitive, which on CPUs is a loop with its state in memory; this one becomes part of what
-    reads it, which made a step of BERT with dropout a twentieth faster.
+    The numbers of jax's own primitive, which on CPUs is a loop with its state in memory; this one is a single pass, and
+    made a step of BERT with dropout a twentieth faster.
 
     Args:
       key: (2,) uint32.

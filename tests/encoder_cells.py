@@ -21,8 +21,11 @@ from llm_jax.training import step
 ROWS, LENGTH, PLACES = 16, 16, 8
 OBJECTIVES = {
     "masked_pairs": MaskedObjective(), "text": LabelledObjective("classification"), "replaced": ReplacedObjective(),
+    "generator": ReplacedObjective(weight=50.0),
 }  # fmt: skip
+ELECTRA = dict(head="replaced", generator_divisor=2)
 DROPOUT = dict(dropout=dict(embedding=0.2, attention_output=0.2, mlp_output=0.2), head_dropout=0.2)
+DROPOUTS = dict(dropout=dict(attention=0.2, **DROPOUT["dropout"]), scan_layers=False)
 # Four layers: one without a norm, a period of two kinds, and one that begins another period.
 MODERN = ROTARY | dict(sliding_window=4, layer_pattern=("full", "window"), window_rope_base=50.0, num_layers=4)
 # name: (mesh, what differs from BERT with masked pairs, micro-batches)
@@ -33,6 +36,9 @@ CELLS = {
     "tensor, ring": (dict(tensor=2, sequence=4), dict(attention_kernel="ring"), 1),
     "text, fsdp, tensor": (dict(fsdp=4, tensor=2), dict(head="text", **DROPOUT), 2),
     "replaced, projected, fsdp": (dict(fsdp=4, data=2), dict(head="replaced", embedding_dim=8), 1),
+    "ELECTRA, data, tensor, dropout, micro-batches": (dict(data=4, tensor=2), ELECTRA | DROPOUTS, 2),
+    "ELECTRA, pipeline": (dict(data=2, stage=2, stage_microbatches=2), ELECTRA | dict(num_layers=4), 1),
+    "ELECTRA, fsdp, split rows": (dict(fsdp=2, sequence=4), ELECTRA | dict(embedding_dim=8), 1),
     "ModernBERT, ring": (dict(fsdp=2, sequence=4), MODERN | dict(attention_kernel="ring"), 1),
     "ModernBERT, tensor, unrolled": (dict(data=2, tensor=4), MODERN | dict(scan_layers=False, remat="full"), 1),
     "ModernBERT by the mean, data, fsdp": (
@@ -78,7 +84,8 @@ def gradients(
     cfg: EncoderConfig, layout: Layout, params: Any, batch: dict[str, np.ndarray], accumulation: int
 ) -> tuple[dict[str, np.ndarray], Any]:
     """Terms of the loss and gradient of one global batch."""
-    model, objective = build(cfg, layout, "float64"), OBJECTIVES[cfg.head]
+    objective = OBJECTIVES["generator" if cfg.generator_divisor else cfg.head]
+    model = build(cfg, layout, "float64")
 
     def run(params: Any, batch: Any) -> Any:
         settings = dict(layout=layout, seed=3, step=jnp.int32(7), accumulation=accumulation)

@@ -66,6 +66,10 @@ def similarities(cfg, folder):
     return float(objectives.make(cfg).sums(model, None, batch, None)["loss"])
 
 
+def coefficients(cfg, folder):
+    return objectives.make(cfg).coefficients()
+
+
 def judged(cfg, folder):
     """How long the best evaluation was ago, and whether that is enough."""
     history = [{"eval/loss": loss, "eval/accuracy": loss} for loss in (3.0, 1.0, 2.0, 2.5)]

@@ -298,6 +298,7 @@ def test_a_run_of_another_machine_is_restored_on_the_devices_here(capsys, change
 
 MASKED = ["data.task=masked", "model.family=encoder", "model.head=masked_pairs", "data.eos=lines",
           "data.tokenizer=wordpiece", "train.steps=100"]  # fmt: skip
+ELECTRA = [*MASKED, "data.task=replaced", "model.head=replaced", "data.masking.next_sentence=False"]
 LABELLED = [
     "data.task=classification", "data.path=t.jsonl", "model.family=encoder", "model.head=text", "data.tokenizer=t.json",
 ]  # fmt: skip
@@ -313,6 +314,10 @@ LABELLED = [
         ([*MASKED, "data.eos=append"], ["data.eos = 'append'", "set data.eos=lines"]),
         ([*MASKED, "data.masking.phases=10:64"], ["data.masking.phases = '10:64'", "write it as 900000=128"]),
         ([*MASKED, "data.masking.phases=100=64"], ["they leave none of train.steps = 100"]),
+        ([*ELECTRA, "train.discriminator_weight=9"], ["train.discriminator_weight = 9", "there is no generator"]),
+        ([*MASKED, "train.discriminator_weight=9"], ["it is read only with data.task = replaced"]),
+        ([*ELECTRA, "model.generator_divisor=4", "model.vocab_multiple=2", "mesh.tensor=2"],
+         ["model.num_heads = 4: the generator's part (1, of model.generator_divisor) does not split"]),
         ([*MASKED, "data.columns.text=x"], ["data.columns.text = 'x'", "it is read only with data.task"]),
         ([*MASKED, "mesh.sequence=4", "data.masking.phases=9=30"],
          ["data.masking.phases = '9=30'", "mesh.sequence = 4"]),

@@ -199,7 +199,8 @@ def test_every_key_can_be_overridden_and_nothing_else_changes(key):
 # Off by default: a run that leaves one off meets its switch alone.
 PARTS = ("model.moe.", "model.latent.", "model.lora.", "data.masking.", "data.columns.", "data.mixture.NAME.")
 # Of labelled tasks: a run on plain text is refused with one of them.
-LABELLED = {"data.buckets", "data.pack_texts", "data.stride", "data.answer_length", "train.temperature"}
+LABELLED = {"data.buckets", "data.pack_texts", "data.stride", "data.answer_length", "train.temperature",
+            "train.discriminator_weight"}  # fmt: skip
 # A mixture's sources replace the one source's keys, so no run reaches both.
 SOURCE = {"data.path", "data.format", "data.validation_path", "data.text_key", "data.separator"}
 

@@ -220,6 +220,7 @@ KEYS = {
     "head_pooling": (TEXT, "mean", "output"),
     "head_dropout": (TEXT, 0.7, "output"),
     "num_labels": (TEXT, 3, "parameters"),
+    "generator_divisor": (dict(head="replaced"), 2, "parameters"),
 }
 CHOICES = [
     *(("head", {}, head, "parameters") for head in ("masked_pairs", "text", "embedding", "pooled", "replaced")),
@@ -260,6 +261,10 @@ def test_a_changed_key_changes_something(key, base, value, what):
         (DISENTANGLED | dict(num_kv_heads=2), "model.num_kv_heads"),
         (DISENTANGLED | dict(relative_buckets=6), "model.relative_buckets"),
         (dict(positions="relative", relative_buckets=8, relative_max_distance=4), "relative_max_distance"),
+        (dict(generator_divisor=2), "model.generator_divisor = 2: it is read only with model.head = replaced"),
+        (dict(head="replaced", generator_divisor=3), "model.embed_dim = 16 does not split"),
+        (dict(head="replaced", generator_divisor=2, positions="relative"), "model.positions = 'relative'"),
+        (dict(head="replaced", generator_divisor=2, lora=dict(rank=2)), "a generator has no adapters"),
     ],
     ids=str,
 )

@@ -158,7 +158,7 @@ def masked_batch(rows=8, seed=0):
         "starts": np.stack([np.zeros(rows, np.int32), (segments == 1).sum(1).astype(np.int32)], 1),
         "pair_labels": rng.integers(0, 2, (rows, 2)).astype(np.int32),
         "pair_weights": np.ones((rows, 2), np.float32) * (np.arange(rows) % 4 > 0)[:, None],
-        "replaced": (rng.random((rows, 12)) < 0.2).astype(np.float32),
+        "masked_draws": (rng.integers(0, 2**23, (rows, 4)) / 2**23).astype(np.float32),
         "text_ids": np.arange(2 * rows).reshape(rows, 2).astype(np.int32),
         "labels": rng.integers(0, 3, (rows, 2)).astype(np.int32),
     }  # fmt: skip

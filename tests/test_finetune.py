@@ -105,6 +105,11 @@ def test_the_trunk_comes_from_the_other_run_and_the_head_is_fresh(pretrained, tu
     assert origins(ours, theirs, "there") == {
         "stack/w": "stack/w", "labels/pooler/linear/kernel": "pairs/pooler/linear/kernel"
     }  # fmt: skip
+    beside = ours | {"generator/a": np.zeros(2), "generator/b": np.zeros((2, 2))}
+    both = {"generator/a": np.zeros(2), "generator/b": np.zeros((3, 3))}
+    assert origins(beside, theirs | both, "there").keys() == {"stack/w", "labels/pooler/linear/kernel"}
+    same = {name: beside[name] for name in both}
+    assert origins(beside, theirs | same, "there").keys() == {"stack/w", "labels/pooler/linear/kernel", *both}
     with pytest.raises(DataError, match=r"stack/w is \[2, 3\] here, and the one there has it as \[2, 4\]"):
         origins(ours, theirs | {"stack/w": np.zeros((2, 4))}, "there")
 

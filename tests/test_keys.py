@@ -11,6 +11,7 @@ from key_observers import (
     beginning_again,
     caches,
     choices,
+    coefficients,
     cut,
     devices,
     evaluation,
@@ -85,6 +86,7 @@ STAGES = ("mesh.stage=2", "mesh.data=1", "mesh.fsdp=-1", "model.num_layers=4", "
 ENCODER = ("model.family=encoder",)
 MASKED = (*ENCODER, "data.task=masked", "model.head=masked_pairs", "data.path=PATH/stories.txt", "data.separator=\n\n",
           "data.tokenizer=wordpiece", "data.tokenizer_vocab_size=300", "data.eos=lines")  # fmt: skip
+REPLACED = (*MASKED, "data.task=replaced", "model.head=replaced", "model.generator_divisor=2")
 LABELLED = (*ENCODER, "data.task=classification", "model.head=text", "data.path=PATH/labels.jsonl",
             "data.tokenizer=PATH/pieces/tokenizer.json")  # fmt: skip
 TOKENS = (*LABELLED, "model.head=token")
@@ -151,6 +153,7 @@ KEYS = {
     "train.accumulation": (program, 2),
     "train.z_loss": (program, 1e-3),
     "train.label_smoothing": (program, 0.1),
+    "train.discriminator_weight": (coefficients, 2.0, *REPLACED),
     "train.temperature": (similarities, 1.0, *SIMILARITY),
     "train.loss_chunk": (program, 4),
     "train.max_bad_steps": None,  # e2e/test_kill.py: the run stops after as many

@@ -210,11 +210,17 @@ def test_places_are_told_in_order_and_filled_up():
     assert rows["masked_weights"].tolist() == [[1, 1, 0]]
 
 
-def test_exchanged_tokens():
-    batch = batch_of(rows_of(config(task="replaced", next_sentence=False)))
-    original = unmasked(batch)
-    assert ((batch["tokens"] != original) == (batch["replaced"] > 0)).all()
-    assert 0.08 < batch["replaced"].sum() / (batch["segment_ids"] > 0).sum() < 0.2
+def test_places_to_fill_are_hidden_or_left_and_have_their_draws():
+    rows = rows_of(config(task="replaced", next_sentence=False), corpus(300))
+    batch = batch_of(rows)
+    real, original = batch["masked_weights"] > 0, unmasked(batch)
+    changed = batch["tokens"] != original
+    assert (batch["tokens"][changed] == MASK).all() and 0.8 < changed.sum() / real.sum() < 0.9
+    assert (np.take_along_axis(original, batch["masked_positions"], 1)[real] == batch["masked_targets"][real]).all()
+    draws = batch["masked_draws"][real]
+    assert draws.min() >= 0 and draws.max() < 1 and len(np.unique(draws)) > 0.99 * len(draws)
+    assert abs(draws.mean() - 0.5) < 5 / np.sqrt(12 * len(draws))
+    assert same(batch, batch_of(rows)) and not same(batch, batch_of(rows, key=1))
 
 
 def test_several_short_texts_share_a_row():

@@ -282,6 +282,22 @@ def test_adafactor_refuses_to_factor_over_layers():
 # -------------------------------------------------------------------------------------------------- clipping
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(freeze=("b",)), dict(normalize_gradients=True)], ids=str)
+def test_a_norm_that_is_known_is_not_taken_again(changes):
+    """It is that of the gradients as they come, of the parameters that train."""
+    settings = PLAIN | dict(name="sgd", beta1=0.0, learning_rate=1.0, clip_norm=0.5) | changes
+    params = {"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
+    tx = optim.make(OptimConfig(**settings), 10, shapes_of(params), {"w": ("embed", "mlp"), "b": ("norm",)})
+    gradients, state = jax.tree.map(lambda p: 3 * p, params), tx.init(params)
+    counted = None if "freeze" not in changes else {"w": True, "b": False}
+    norm = optim.global_norm(gradients, counted)
+    expected, _ = tx.update(gradients, state, params)
+    found, _ = tx.update(gradients, state, params, grad_norm=norm)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    halved, _ = tx.update(gradients, state, params, grad_norm=2 * norm)
+    assert (halved["w"] == expected["w"] * (1 if "normalize_gradients" in changes else 0.5)).all()
+
+
 def test_clipping_by_the_global_norm():
     cfg = OptimConfig(**PLAIN | dict(name="sgd", beta1=0.0, learning_rate=1.0, clip_norm=1.0))
     params = {"a": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)}

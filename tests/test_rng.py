@@ -13,13 +13,13 @@ from llm_jax.sharding import Layout
 
 def test_four_numbers_are_one_block_of_threefry():
     key = jax.random.key(3)
-    found = bits16(key, (2, 3, 6))  # two blocks a line, the second cut
+    found = bits16(key, (2, 3, 6)).reshape(6, 6)  # two blocks a line, of which the last numbers are cut
     for line in range(6):
-        for block in range(2):
-            words = np.asarray(threefry_2x32(jax.random.key_data(key), jnp.array([line, block], jnp.uint32)))
-            expected = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
-            there = found.reshape(6, 6)[line, 4 * block : 4 * block + 4]
-            assert there.tolist() == expected[: len(there)]
+        blocks = [
+            threefry_2x32(jax.random.key_data(key), jnp.array([line, block], jnp.uint32)).tolist() for block in (0, 1)
+        ]
+        expected = [words[word] >> shift & 0xFFFF for word in (0, 1) for shift in (0, 16) for words in blocks]
+        assert found[line].tolist() == expected[:6]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,), (2, 7)])
@@ -40,7 +40,8 @@ def test_bits_are_fair_and_unrelated():
     error = 5 * 0.5 / np.sqrt(2**19)
     by_bit = bits.reshape(-1, 16)
     np.testing.assert_allclose(by_bit.mean(0), 0.5, atol=error)
-    neighbours = {"key": (0, 1), "line": (1, 1), "number": (2, 16), "half": (2, 32), "bit": (2, 1)}
+    neighbours = {"key": (0, 1), "line": (1, 1), "number": (2, 16), "bit": (2, 1)}
+    neighbours |= {"half": (2, 16 * 256), "word": (2, 16 * 512)}
     for name, (axis, distance) in neighbours.items():
         there = np.take(bits, np.arange(distance, bits.shape[axis]), axis)
         here = np.take(bits, np.arange(bits.shape[axis] - distance), axis)

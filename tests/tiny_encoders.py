@@ -49,5 +49,5 @@ def texts(rows: int, length: int, places: int = 4, seed: int = 0) -> dict[str, n
         "pair_weights": there.astype(np.float32),
         "labels": rng.integers(0, 2, starts.shape).astype(np.int32),
         "text_ids": np.where(there, np.arange(rows * places).reshape(rows, places), -1).astype(np.int32),
-        "replaced": rng.integers(0, 2, shape).astype(np.int32),
+        "masked_draws": (rng.integers(0, 2**23, masked.shape) / 2**23).astype(np.float32),
     }

@@ -29,7 +29,8 @@ The terms that people know, and the keys they become:
     metric_for_best_model                eval.best: loss, accuracy, f1_macro, matthews, ...
     EarlyStoppingCallback(patience)      eval.patience, in evaluations
     fp16, bf16                           precision.compute=bfloat16
-    group_by_length, padding             data.buckets: lengths that batches are padded to; data.pack_texts: no padding
+    group_by_length, padding             data.buckets: lengths that batches, of texts alike, are padded to;
+                                         data.pack_texts: no padding
     seed                                 seed
 
 More than one label a text: data.task=multilabel, with lists in the label's column. A number: data.task=regression.

@@ -152,6 +152,7 @@ def stage_microbatches(mesh: MeshConfig, stages: int) -> int:
 def check_tensor_axis(model: TransformerConfig, tensor: int, own: set[str]) -> None:
     """Heads, key-value heads and MLP are split over the mesh's tensor axis in equal parts, but for `own` rules."""
     mlp_dim, moe = model.mlp_dim or 4 * model.embed_dim, model.moe
+    divisor = getattr(model, "generator_divisor", 0) or 1
     dense = not moe.num_experts or moe.dense_layers or not moe.expert_dim
     for key, axis, size in (
         ("num_heads", "heads", model.num_heads),
@@ -160,10 +161,14 @@ def check_tensor_axis(model: TransformerConfig, tensor: int, own: set[str]) -> N
         ("moe.expert_dim", "mlp", moe.expert_dim),
         ("moe.shared_dim", "mlp", moe.shared_dim),
     ):
-        if size % tensor and axis not in own:
-            reason = f"it does not split over mesh.tensor = {tensor} devices"
+        if size // divisor % tensor and axis not in own:
+            what = "it" if size % tensor else f"the generator's part ({size // divisor}, of model.generator_divisor)"
+            reason = f"{what} does not split over mesh.tensor = {tensor} devices"
             raise refuse(
-                f"model.{key}", size, reason, f"give {nearest_multiples(size, tensor)}, or a smaller mesh.tensor"
+                f"model.{key}",
+                size,
+                reason,
+                f"give {nearest_multiples(size, tensor * divisor)}, or a smaller mesh.tensor",
             )
 
 

@@ -81,6 +81,7 @@ def check_encoder(model: EncoderConfig) -> None:
         ("head_form", "head", (*labelled, "pooled")),
         ("head_pooling", "head", ("text", "pooled")),
         ("tie_embeddings", "head", ("masked", "masked_pairs")),
+        ("generator_divisor", "head", ("replaced",)),
         ("first_position", "positions", ("learned",)),
     ):
         value, condition = getattr(model, key), getattr(model, other)
@@ -89,6 +90,22 @@ def check_encoder(model: EncoderConfig) -> None:
             raise refuse(f"model.{key}", value, reason, "change that, or leave this key out")
     if model.positions == "disentangled":
         check_disentangled(model)
+    if model.generator_divisor:
+        check_generator(model)
+
+
+def check_generator(model: EncoderConfig) -> None:
+    """A generator is the encoder with its width, heads and MLP divided, over the same embeddings."""
+    parts = model.generator_divisor
+    for key in ("embed_dim", "num_heads", "num_kv_heads", "mlp_dim"):
+        if getattr(model, key) % parts:
+            reason = f"model.{key} = {getattr(model, key)} does not split into so many"
+            raise refuse("model.generator_divisor", parts, reason, "give a divisor of it")
+    if model.positions in ("relative", "disentangled"):
+        reason = "the generator reads the positions in its embeddings, and these lie in the discriminator's attention"
+        raise refuse("model.positions", model.positions, reason, "set learned, sinusoidal or rotary")
+    if model.lora.rank:
+        raise refuse("model.lora.rank", model.lora.rank, "a generator has no adapters", "set model.generator_divisor=0")
 
 
 def check_disentangled(model: EncoderConfig) -> None:

@@ -199,6 +199,7 @@ class EncoderConfig(TransformerConfig):
     head_pooling: str = one_of("first", "mean")  # what text reads: a text's first token, or the mean of all
     head_dropout: float = bounded(0.1, 0.0, 0.999)  # before the classifier of text and token
     num_labels: int = at_least(1, 2)  # of text and token
+    generator_divisor: int = at_least(0, 0)  # replaced: a generator so many times narrower trains beside it; 0: none
 
 
 LAYER_KINDS = ("full", "window", "full_without_positions")  # of model.layer_pattern
@@ -230,6 +231,7 @@ TASKS = (
     "language", "masked", "replaced", "classification", "multilabel", "regression", "tokens", "questions", "choice",
     "similarity",
 )  # fmt: skip
+MASKED_TASKS = TASKS[1:3]  # their data are texts with hidden or exchanged tokens
 LABELLED_TASKS = TASKS[3:]  # their data are records with labels, not running text
 
 
@@ -311,6 +313,7 @@ class TrainConfig:
     accumulation: int = at_least(1, 1)  # micro-batches a step
     z_loss: float = at_least(0.0, 0.0)  # coefficient on log(Z)^2 (PaLM, t5x)
     label_smoothing: float = bounded(0.0, 0.0, 0.999)
+    discriminator_weight: float = positive(50.0)  # with a generator: on the encoder's own loss (ELECTRA's lambda)
     temperature: float = positive(0.05)  # similarity: cosines are divided by it (SimCSE, arXiv 2104.08821)
     loss_chunk: int = at_least(0, 0)  # tokens of a row whose logits exist at a time; 0: all
     max_bad_steps: int = at_least(1, 5)  # non-finite steps in a row that stop the run

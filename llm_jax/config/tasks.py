@@ -3,12 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax.config.schema import BUILT_IN, LABELLED_TASKS, TABLE_FORMATS, Config, DataConfig, MaskingConfig
+from llm_jax.config.schema import (
+    BUILT_IN,
+    LABELLED_TASKS,
+    MASKED_TASKS,
+    TABLE_FORMATS,
+    Config,
+    DataConfig,
+    MaskingConfig,
+    TrainConfig,
+)
 from llm_jax.config.values import refuse
 
 # Keys that are read under some tasks only (see checks.ONLY_WITH).
 ONLY_WITH_TASK = (
-    *((f"data.masking.{name}", "data.task", ("masked", "replaced")) for name in vars(MaskingConfig())),
+    *((f"data.masking.{name}", "data.task", MASKED_TASKS) for name in vars(MaskingConfig())),
     ("data.columns.text", "data.task", LABELLED_TASKS),
     ("data.columns.pair", "data.task", LABELLED_TASKS),
     ("data.columns.label", "data.task", tuple(task for task in LABELLED_TASKS if task != "similarity")),
@@ -16,7 +25,8 @@ ONLY_WITH_TASK = (
     ("data.columns.negative", "data.task", ("similarity",)),
     ("data.columns.names", "data.task", ("classification", "multilabel", "tokens")),
     ("data.buckets", "data.task", LABELLED_TASKS),
-    ("data.pack_texts", "data.task", ("masked", "replaced", "classification", "multilabel", "regression", "tokens")),
+    ("train.discriminator_weight", "data.task", ("replaced",)),
+    ("data.pack_texts", "data.task", (*MASKED_TASKS, "classification", "multilabel", "regression", "tokens")),
     ("data.stride", "data.task", ("questions",)),
     ("data.answer_length", "data.task", ("questions",)),
     ("train.temperature", "data.task", ("similarity",)),
@@ -55,7 +65,7 @@ def check_task(cfg: Config) -> None:
     if cfg.train.tokens:
         raise refuse("train.tokens", cfg.train.tokens, f"rows of data.task = {task!r} hold unequal numbers of tokens",
                      "set train.steps or train.epochs")  # fmt: skip
-    if task in ("masked", "replaced"):
+    if task in MASKED_TASKS:
         check_masking(cfg)
     else:
         check_labelled(cfg)
@@ -92,6 +102,10 @@ def phases(data: DataConfig) -> list[tuple[int, int]]:
 
 def check_masking(cfg: Config) -> None:
     data, masking = cfg.data, cfg.data.masking
+    weight = cfg.train.discriminator_weight
+    if weight != TrainConfig().discriminator_weight and not cfg.model.generator_divisor:
+        reason = "there is no generator whose loss stands beside it"
+        raise refuse("train.discriminator_weight", weight, reason, "set model.generator_divisor, or leave it out")
     if data.eos != "lines":
         raise refuse("data.eos", data.eos, f"data.task = {data.task!r} is made of sentences, one a line",
                      "set data.eos=lines")  # fmt: skip

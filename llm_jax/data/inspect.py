@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_jax.config.schema import MASKED_TASKS
 from llm_jax.data.tokenizers import Tokenizer
 
 _SEGMENT_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -46,14 +47,14 @@ def with_targets(row: Mapping[str, Any], task: str, names: Sequence[str] = ()) -
     if "targets" in row:
         return row
     row |= {"targets": np.zeros_like(row["tokens"]), "loss_weights": np.zeros(row["tokens"].shape, np.float32)}
-    if task in ("masked", "replaced"):
+    if task in MASKED_TASKS:
         places = row["masked_positions"][row["masked_weights"] > 0]
         row["targets"][places] = row["masked_targets"][: len(places)]
         row["loss_weights"][places] = 1
         pairs = row["pair_labels"][row["pair_weights"] > 0]
         row["told"] = [f"pair {n}: {('its second part follows', 'its second part is random')[p]}"
                        for n, p in enumerate(pairs.tolist(), 1)]  # fmt: skip
-        row["target_names"] = None if task == "masked" else ["exchanged" if x else "" for x in row["replaced"]]
+        row["target_names"] = None
         return row
     if task == "tokens":
         row["targets"], row["loss_weights"] = np.maximum(row["labels"], 0), (row["labels"] >= 0).astype(np.float32)

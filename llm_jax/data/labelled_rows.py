@@ -10,7 +10,7 @@ A batch is a dict of arrays, with B rows of T places and S texts a row at most:
 
 Records with several texts (choice, similarity) have one text a row, and text c of record b stands in row c * B + b.
 All rows of a batch are padded to the same bucket, which follows from the whole global batch: so there are as many
-shapes as buckets, and every process chooses the same one. Rows of one bucket are drawn together.
+shapes as buckets, and every process chooses the same one. Shuffled rows of one bucket are drawn together.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,6 @@ from llm_jax.data.packing import Rows
 from llm_jax.data.shuffle import stream_key, uniform
 
 MOST_TEXTS = 32  # in a packed row
-POOL = 512  # rows of an epoch's order, or a quarter of a small one, within which those of a bucket come together
 VERSION = 2  # of the order and of packing; another gives another stream
 
 
@@ -112,14 +111,16 @@ def pack(lengths: np.ndarray, room: int, most: int) -> list[list[int]]:
 class LabelledStream:
     """The endless training stream: each epoch a permutation of the rows, by arithmetic from the sample's number.
 
-    A pool of neighbours in that order is drawn bucket by bucket, the buckets in random order: so most batches need no
-    more room than their own rows', whatever their size.
+    A pool of neighbours in that order is drawn bucket by bucket, the buckets in random order, so that batches much
+    smaller than a pool need little more room than their own rows. Not so in task "similarity", where the texts of a
+    batch are told from one another: they stay any texts.
     """
 
     def __init__(self, store: LabelledStore, cfg: DataConfig, seed: int):
         self.rows = LabelledRows(store.train, cfg)
         self.rows_a_sample = self.rows.texts_a_record
         self._name, self._seed, self._shuffle = store.name, seed, cfg.shuffle
+        self._pools = len(self.rows.buckets) > 1 and cfg.task != "similarity"
         self.facts = {
             "order version": f"labelled {VERSION}",
             "seed": str(seed),
@@ -149,13 +150,13 @@ class LabelledStream:
         for epoch, block in set(zip(epochs.tolist(), blocks.tolist(), strict=True)):
             here = (epochs == epoch) & (blocks == block)
             order = shuffled_block(self._seed, self._name, len(self.rows), epoch, block)
-            numbers[here] = self._by_bucket(order, epoch, block)[places[here] % BLOCK]
+            order = self._by_bucket(order, epoch, block) if self._pools else order
+            numbers[here] = order[places[here] % BLOCK]
         return numbers
 
     def _by_bucket(self, order: np.ndarray, epoch: int, block: int) -> np.ndarray:
-        """The rows of a block with those of each pool sorted by a random rank of their buckets."""
-        buckets = self.rows.buckets
-        size = max(min(POOL, len(self.rows) // 4), 1)
+        """The rows of a block, those of each pool (a quarter of the data at most) by a random rank of their buckets."""
+        buckets, size = self.rows.buckets, max(len(self.rows) // 4, 1)
         pools, own = np.arange(len(order)) // size, np.searchsorted(buckets, self.rows.filled[order])
         rank = uniform(pools * len(buckets) + own, stream_key(self._seed, "buckets", self._name, epoch, block))
         return order[np.lexsort((rank, pools))]

@@ -7,10 +7,13 @@ A batch is a dict of arrays, with B rows of T places, S texts a row and P predic
     masked_weights                                (B, P) float32  1 where a prediction counts
     starts, pair_labels                           (B, S) int32    each text's first token; 1: its second part is random
     pair_weights                                  (B, S) float32  1 where there is a pair
-    replaced                                      (B, T) float32  (task "replaced" alone) 1 where a token was exchanged
+    masked_draws                                  (B, P) float32  (task "replaced" alone) in [0, 1): by which the model
+                                                                  draws what it puts in these places
 
 The rules are BERT's (arXiv 1810.04805, section 3.1 and appendix A): 15 % of the tokens, of which 80 % become [MASK],
-10 % a token drawn from the whole vocabulary, and 10 % stay. Every draw is a pure function of seed and sample number.
+10 % a token drawn from the whole vocabulary, and 10 % stay. In task "replaced" 85 % of them become [MASK] and the rest
+stay, as in ELECTRA's code (google-research/electra; the paper hides all). Every draw is a pure function of seed and
+sample number.
 """
 
 import math
@@ -88,11 +91,13 @@ class MaskedRows:
         goes_on = None if self._goes_on is None else self._goes_on[rows["tokens"]]
         chosen = choose(candidates, goes_on, self._wanted(counts), chance(0))
         masked_places(rows, chosen, self.predictions)
-        drawn = np.minimum((chance(3) * self._vocab_size).astype(np.int32), self._vocab_size - 1)
         if self.replaced:
-            seen = np.where(chosen, drawn, rows["tokens"])
-            rows["replaced"] = (seen != rows["tokens"]).astype(np.float32)
+            drawn_by = np.take_along_axis(chance(3), rows["masked_positions"], axis=1)
+            # Multiples of 2**-23: their product with a total is below it in float32.
+            rows["masked_draws"] = (np.floor(drawn_by * 2**23) / 2**23).astype(np.float32)
+            seen = np.where(chosen & (chance(1) < 0.85), self._mask, rows["tokens"])
         else:
+            drawn = np.minimum((chance(3) * self._vocab_size).astype(np.int32), self._vocab_size - 1)
             other = np.where(chance(2) < 0.5, rows["tokens"], drawn)
             seen = np.where(chosen, np.where(chance(1) < 0.8, self._mask, other), rows["tokens"])
         return rows | {"tokens": seen.astype(np.int32)}

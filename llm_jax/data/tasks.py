@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llm_jax.config.schema import LABELLED_TASKS, DataConfig
+from llm_jax.config.schema import LABELLED_TASKS, MASKED_TASKS, DataConfig
 from llm_jax.data import labelled, labelled_rows, masking, store
 from llm_jax.data.packing import Rows
 from llm_jax.errors import DataError
@@ -76,7 +76,7 @@ def feature_shapes(cfg: DataConfig, batch_size: int, num_labels: int) -> dict[st
         found |= {"masked_positions": (masked, np.int32), "masked_targets": (masked, np.int32)}
         found |= {"masked_weights": (masked, np.float32)}
         found |= {"pair_labels": ((rows, texts), np.int32), "pair_weights": ((rows, texts), np.float32)}
-        return found | ({"replaced": ((rows, length), np.float32)} if cfg.task == "replaced" else {})
+        return found | ({"masked_draws": (masked, np.float32)} if cfg.task == "replaced" else {})
     found["text_ids"] = ((rows, texts), np.int32)
     own = {"tokens": (rows, length), "questions": (rows, texts, 2), "regression": (rows, texts, 1)}
     own["multilabel"] = (rows, texts, num_labels)
@@ -92,7 +92,7 @@ def head_shares(cfg: DataConfig) -> dict[str, float]:
     Of a packed row's texts the first alone counts, for how many there are the data know.
     """
     one = 1 / cfg.sequence_length
-    if cfg.task == "masked":
+    if cfg.task in MASKED_TASKS:  # of "replaced" the generator's
         return {"masked": masking.predictions(cfg, cfg.sequence_length) * one, "pairs": one}
     return {"labels": one} if cfg.task in ("classification", "multilabel", "regression", "choice") else {}
 

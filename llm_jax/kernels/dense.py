@@ -36,15 +36,16 @@ def reference_attention(
         2508.10925): probabilities add up to less than 1. It is not scaled, capped or dropped.
 
     Returns:
-      (B, T, N, V), in the dtype of `query`.
+      (B, T, N, V), in the dtype of `value`.
     """
     batch, length, heads, size = query.shape
     kv_heads, groups = key.shape[2], heads // key.shape[2]
     # The queries that share a key head are rows of one product; with g as an axis of its own it is slower on CPUs.
     query = (query * size**-0.5).reshape(batch, length, kv_heads, groups, size)
     query = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, length * groups, size)
-    # One copy of each serves all products, forward and backward: left to itself, XLA:CPU makes one more, transposed.
-    key, value = jax.lax.optimization_barrier((jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)))
+    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    if length > 1:  # one copy of each for all products, forward and backward: left alone, XLA:CPU makes more of them
+        key, value = jax.lax.optimization_barrier((key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=wide)
     scores = scores.reshape(batch, kv_heads, length, groups, -1)
@@ -54,25 +55,26 @@ def reference_attention(
         bias = bias.reshape(bias.shape[0], kv_heads, groups, *bias.shape[2:])
         scores = scores + jnp.swapaxes(bias, 2, 3)
     scores = jnp.where(mask.dense()[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
-    weights, total = softmax_parts(scores, None if sinks is None else sinks.astype(wide).reshape(kv_heads, 1, groups, 1))
+    sinks = None if sinks is None else sinks.astype(wide).reshape(1, kv_heads, 1, groups, 1)
+    weights, total = softmax_parts(scores, sinks)
     if dropout is not None:
         weights = dropout(weights)
     weights = weights.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=wide)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, value)
     out = out.reshape(batch, kv_heads, length, groups, -1) / total
     return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, -1).astype(value.dtype)
 
 
-def softmax_parts(scores: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Numerators of a softmax over the last axis, and their sum with that of a score that all have: (..., S), (..., 1).
+def softmax_parts(scores: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Numerators (..., S) and denominator (..., 1) of a softmax over the last axis; `sinks` (..., 1) count in that.
 
     Whoever multiplies the numerators with values divides behind that: fewer numbers, and no sum over keys backward.
     """
     peak = scores.max(-1, keepdims=True)
-    peak = jax.lax.stop_gradient(peak if sink is None else jnp.maximum(peak, sink[None]))
+    peak = jax.lax.stop_gradient(peak if sinks is None else jnp.maximum(peak, sinks))
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    return weights, total if sink is None else total + jnp.exp(sink[None] - peak)
+    return weights, total if sinks is None else total + jnp.exp(sinks - peak)
 
 
 def jax_attention(implementation: str) -> Callable[..., jax.Array]:

@@ -194,10 +194,13 @@ SHOWN = {  # name of a record's value: how it looks on the terminal
     "accuracy": "accuracy {:.3f}".format,  # of encoders' tasks
     "pair_loss": "pair loss {:.4f}".format,
     "pair_accuracy": "pair accuracy {:.3f}".format,
+    "generator_loss": "generator's loss {:.4f}".format,
+    "generator_accuracy": "its accuracy {:.3f}".format,
     "eval/loss": "evaluation loss {:.4f}".format,
     "eval/bits_per_byte": "{:.4f} bits/byte".format,
     "eval/accuracy": "accuracy {:.3f}".format,
     "eval/pair_accuracy": "pair accuracy {:.3f}".format,
+    "eval/generator_accuracy": "generator's accuracy {:.3f}".format,
     "eval/exact_match": "exact match {:.3f}".format,
     "eval/f1": "F1 {:.3f}".format,
     "eval/f1_macro": "macro F1 {:.3f}".format,

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 
 from llm_jax.config import EncoderConfig
 from llm_jax.kernels.cross_entropy import cross_entropy
-from llm_jax.kernels.masks import AttentionMask, at
+from llm_jax.kernels.masks import AttentionMask
 from llm_jax.models.attention import Shared
 from llm_jax.models.decoder import padded_vocab
 from llm_jax.models.disentangled import log_bucket
+from llm_jax.models.generator import Generator, draw, generator_config
 from llm_jax.models.heads import Dense, LabelHead, MaskedHead, PairsHead, ReplacedHead
 from llm_jax.models.layers import Embedding, block_norm, dropout
 from llm_jax.models.positions import relative_bucket, sinusoid
-from llm_jax.models.transformer import Stack
+from llm_jax.models.transformer import Stack, hidden_states
 from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
 
@@ -67,6 +68,8 @@ class Encoder(nn.Module):
             self.labels = LabelHead(*parts)
         if cfg.head == "replaced":
             self.replaced = ReplacedHead(*parts)
+        if cfg.generator_divisor:
+            self.generator = Generator(generator_config(cfg), self.layout, self.precision)
 
     def __call__(
         self,
@@ -81,7 +84,7 @@ class Encoder(nn.Module):
         """The hidden states above the last block, (B, T, D)."""
         x = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)[0]
         if self.is_initializing():
-            self._make_head(x)
+            self._make_head(x, tokens)
         return x
 
     def masked_losses(
@@ -183,6 +186,45 @@ class Encoder(nn.Module):
         x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
         return self.replaced(x)
 
+    def replaced_tokens(
+        self,
+        tokens: jax.Array,
+        masked_positions: jax.Array,
+        masked_targets: jax.Array,
+        masked_weights: jax.Array,
+        masked_draws: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        *,
+        rows: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """ELECTRA (arXiv 2003.10555, section 2): the places (B, P) of some weight are filled with tokens drawn by
+        `masked_draws` (B, P) in [0, 1), and the encoder tells which tokens are not the text's own.
+
+        They are drawn from what the generator makes of the hidden text, or without one from the vocabulary, evenly.
+
+        Returns:
+          `replaced_logits` of the filled text, (B, T); whether each token is another than the text's, (B, T) bool; and
+          of a generator -log p of masked_targets, (B, P) at least float32, and whether its likeliest is right, (B, P).
+        """
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        text, vocab_size = (positions, segment_ids, token_types), self.cfg.vocab_size
+        if self.cfg.generator_divisor:
+            x, shared = self._embedded(tokens, *text, rows, keys[0])
+            logits = self.generator(x, self.embedding.head(), shared, masked_positions, keys[1])
+            drawn = draw(jax.lax.stop_gradient(logits), masked_draws, vocab_size)
+            generator = cross_entropy(logits, masked_targets)[0], logits.argmax(-1) == masked_targets
+        else:
+            drawn, generator = jnp.floor(masked_draws * vocab_size).astype(jnp.int32), None
+        places = jnp.where(masked_weights > 0, masked_positions, tokens.shape[1])  # beyond the row: dropped
+        hidden = jnp.asarray(tokens).at[jnp.arange(len(tokens))[:, None], places]
+        fill = lambda values: hidden.set(values, mode="drop")  # noqa: E731
+        seen = fill(drawn)
+        told = self.replaced_logits(seen, *text, rows=rows, dropout_key=keys[2])
+        return told, seen != fill(masked_targets), generator
+
     # ------------------------------------------------------------------------------------------ the trunk
 
     def _hidden(
@@ -196,23 +238,35 @@ class Encoder(nn.Module):
         read: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The hidden states (B, T, D), or those at places `read` (B, P), and the key of the head's dropout."""
+        cfg = self.cfg
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        x, shared = self._embedded(tokens, positions, segment_ids, token_types, rows, keys[0])
+        if cfg.embedding_dim not in (0, cfg.embed_dim):
+            x = self.layout(self.embedding_projection(x), "batch", "residual_length", "embed")
+        norm = None if cfg.norm_placement == "post" else self.final_norm
+        return hidden_states(self.stack, norm, x, keys[1], shared, read), keys[2]
+
+    def _embedded(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        token_types: jax.Array | None,
+        rows: jax.Array | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, Shared]:
+        """What the first block reads, (B, T, E) before it is projected, and what all blocks do. `key`: of dropout."""
         cfg, length = self.cfg, tokens.shape[1]
         if length > cfg.max_length:
             raise ValueError(f"rows of {length} tokens are longer than model.max_length={cfg.max_length}")
         index = jnp.arange(length)
         mask = AttentionMask(index, index, segment_ids, segment_ids, causal=False, in_order=True)
         rows = self._rows(tokens, rows)
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         x = self._embed(tokens, positions, token_types)
         axes = ("batch", "residual_length", "embed")
-        x = dropout(self.layout(x, *axes), cfg.dropout.embedding, keys[0], rows, self.layout, *axes, tokens=index)
-        if cfg.embedding_dim not in (0, cfg.embed_dim):
-            x = self.layout(self.embedding_projection(x), *axes)
+        x = dropout(self.layout(x, *axes), cfg.dropout.embedding, key, rows, self.layout, *axes, tokens=index)
         places = jnp.broadcast_to(index[None], tokens.shape) if positions is None else positions
-        early = read is not None and self.stack.reads_alone(read, length)
-        x, _ = self.stack(x, keys[1], self._shared(mask, rows, places), read=read if early else None)
-        x = x if cfg.norm_placement == "post" else self.final_norm(x)
-        return x if read is None or early else self._at(x, read), keys[2]
+        return x, self._shared(mask, rows, places)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None) -> jax.Array:
         """Token + type + position, and their norm: (B, T, D), or narrower where they are projected."""
@@ -247,8 +301,8 @@ class Encoder(nn.Module):
 
     # ------------------------------------------------------------------------------------------ the heads
 
-    def _make_head(self, x: jax.Array) -> None:
-        """Run the head once, so that its parameters are made. `x` (B, T, D)."""
+    def _make_head(self, x: jax.Array, tokens: jax.Array) -> None:
+        """Run the head once, so that its parameters are made. `x` (B, T, D), `tokens` (B, T)."""
         match self.cfg.head:
             case "masked" | "masked_pairs":
                 self._masked_logits(x)
@@ -258,14 +312,12 @@ class Encoder(nn.Module):
                 self.labels(x, None, self._rows(x, None))
             case "replaced":
                 self.replaced(x)
+        if self.cfg.generator_divisor:
+            embedded = self._embedded(tokens, None, None, None, None, None)
+            self.generator(embedded[0], self.embedding.head(), embedded[1], tokens[:, :1], None)
 
     def _masked_logits(self, x: jax.Array) -> jax.Array:
         return self.masked(x, self.embedding.head())
-
-    def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
-        """(B, P, D): the vectors (B, T, D) at places (B, P)."""
-        x = self.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
-        return self.layout(at(x, places), "batch", None, "embed")
 
     def _mean(self, x: jax.Array, starts: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """(B, S, D): the mean of the vectors (B, T, D) of the texts that begin at `starts` (B, S)."""

@@ -8,6 +8,7 @@ import jax
 
 from llm_jax.config import EncoderConfig, TransformerConfig, kinds
 from llm_jax.models.attention import query_dim, value_dim
+from llm_jax.models.generator import generator_config
 from llm_jax.models.transformer import reads_alone
 
 FORMULA = (
@@ -48,6 +49,12 @@ def training_flops(
         (`tasks.head_shares`: hidden tokens, or one vector a text); None, or a head that is not there: all. A last block
         that computes what they read alone counts so.
     """
+    if "generator" in shapes:  # a model of its own, over the same embeddings
+        one = lambda tree: {name: part for name, part in tree.items() if name != "generator"}  # noqa: E731
+        other = lambda tree: tree["generator"] | {"embedding": tree["embedding"]}  # noqa: E731
+        own = training_flops(cfg, one(shapes), one(axes), length, heads)
+        beside = training_flops(generator_config(cfg), other(shapes), other(axes), length, heads)
+        return Flops(own.matrices + beside.matrices, own.attention + beside.attention)
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(shapes), strict=True)
     paths = [[key.key for key in path] for path in paths]
     shares = {name: share for name, share in (heads or {}).items() if any(path[0] == name for path in paths)}

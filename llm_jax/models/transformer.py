@@ -300,6 +300,27 @@ class Stack(nn.Module):
         )
 
 
+def hidden_states(
+    stack: Stack,
+    final_norm: Callable[[jax.Array], jax.Array] | None,
+    x: jax.Array,
+    key: jax.Array | None,
+    shared: Shared,
+    read: jax.Array | None,
+) -> jax.Array:
+    """x (B, T, D) after all blocks of an encoder and the norm above them: all tokens, or those at places `read` (B, P).
+
+    The last block computes these alone where it can.
+    """
+    early = read is not None and stack.reads_alone(read, x.shape[1])
+    x, _ = stack(x, key, shared, read=read if early else None)
+    x = x if final_norm is None else final_norm(x)
+    if read is None or early:
+        return x
+    x = stack.layout(x, "batch", None, "embed")  # whole rows: places may lie anywhere
+    return stack.layout(at(x, read), "batch", None, "embed")
+
+
 def has_rows(shared: Shared) -> Shared:
     """For each array of `shared`, whether it has an axis of the batch's rows."""
     mask, rows = shared.mask, len(shared.rows)

@@ -78,16 +78,30 @@ class MaskedObjective:
 
 @dataclasses.dataclass(frozen=True)
 class ReplacedObjective:
-    """Which tokens were exchanged for others? The discriminator's part of ELECTRA (Clark et al. 2020, arXiv 2003.10555,
-    section 2), with tokens drawn from the vocabulary where ELECTRA has a small generator draw them."""
+    """Which tokens were exchanged for others? ELECTRA (Clark et al. 2020, arXiv 2003.10555, section 2).
 
+    "loss" and "accuracy" are the encoder's, over all tokens. A generator that draws the others trains beside it:
+    "generator_loss" is its mean cross-entropy of the hidden tokens, and what is trained on is
+    generator_loss + weight * loss.
+
+    Attributes:
+      weight: of the encoder's loss beside a generator's; 0: there is no generator.
+    """
+
+    weight: float = 0.0
     additive = True
 
+    @classmethod
+    def make(cls, cfg: Config) -> "ReplacedObjective":
+        return cls(cfg.train.discriminator_weight if cfg.model.generator_divisor else 0.0)
+
     def coefficients(self) -> dict[str, float]:
-        return {"loss": 1.0, "accuracy": 0.0}
+        generator = {"generator_loss": 1.0, "generator_accuracy": 0.0} if self.weight else {}
+        return {"loss": self.weight or 1.0, "accuracy": 0.0} | generator
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        return dict.fromkeys(self.coefficients(), real_tokens(batch))
+        masked, real = batch["masked_weights"].sum(), real_tokens(batch)
+        return {name: masked if name.startswith("generator") else real for name in self.coefficients()}
 
     def tokens(self, batch: Batch) -> jax.Array:
         return real_tokens(batch)
@@ -95,29 +109,38 @@ class ReplacedObjective:
     def sums(
         self, model: Model, params: Any, batch: Batch, dropout_key: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        logits = model.apply(
+        logits, replaced, generator = model.apply(
             params,
             batch["tokens"],
+            batch["masked_positions"],
+            batch["masked_targets"],
+            batch["masked_weights"],
+            batch["masked_draws"],
             batch["positions"],
             batch["segment_ids"],
             batch["token_types"],
             rows=batch.get("rows"),
             dropout_key=dropout_key,
-            method="replaced_logits",
+            method="replaced_tokens",
         )
         real = batch["segment_ids"] > 0
-        loss = binary_cross_entropy(at_least_float32(logits), batch["replaced"])
-        return {
-            "loss": jnp.where(real, loss, 0).sum(),
-            "accuracy": (real & ((logits > 0) == (batch["replaced"] > 0))).sum().astype(loss.dtype),
-        }
+        loss = binary_cross_entropy(at_least_float32(logits), replaced)
+        right = real & ((logits > 0) == replaced)
+        sums = {"loss": jnp.where(real, loss, 0).sum(), "accuracy": right.sum().astype(loss.dtype)}
+        if generator is not None:
+            weights = batch["masked_weights"]
+            sums["generator_loss"], sums["generator_accuracy"] = ((term * weights).sum() for term in generator)
+        return sums
 
     def evaluation(self, model: Model, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        return self.sums(model, params, batch) | {"tokens": real_tokens(batch)}
+        counts = {"tokens": real_tokens(batch), "masked": batch["masked_weights"].sum()}
+        return self.sums(model, params, batch) | counts
 
     def results(self, totals: dict[str, float]) -> dict[str, float]:
-        tokens = max(totals["tokens"], 1e-9)
-        return {name: totals[name] / tokens for name in ("loss", "accuracy")} | {"tokens": totals["tokens"]}
+        """The terms' means, and the number of tokens."""
+        masked, tokens = max(totals["masked"], 1e-9), max(totals["tokens"], 1e-9)
+        over = lambda name: masked if name.startswith("generator") else tokens  # noqa: E731
+        return {name: totals[name] / over(name) for name in self.coefficients()} | {"tokens": totals["tokens"]}
 
 
 def real_tokens(batch: Batch) -> jax.Array:

@@ -16,5 +16,5 @@ def make(cfg: Config) -> Objective:
         case "masked":
             return MaskedObjective.make(cfg)
         case "replaced":
-            return ReplacedObjective()
+            return ReplacedObjective.make(cfg)
     return LabelledObjective.make(cfg, texts_a_record(cfg.data))

@@ -36,11 +36,19 @@ def plan(setting: Setting, *, price: float, tokens: float, dump: str = "", save:
 
 
 def quick(setting: Setting, *, price: float, tokens: float) -> str:
+    refuse_generator(setting.cfg, "--quick")
     return report.page(quick_estimate(setting), price=price, tokens=tokens)
+
+
+def refuse_generator(cfg: Config, flag: str) -> None:
+    if divisor := getattr(cfg.model, "generator_divisor", 0):
+        raise UserError(f"{flag} estimates no generator (model.generator_divisor = {divisor}): leave the flag out, and "
+                        "the whole step is compiled")  # fmt: skip
 
 
 def search(cfg: Config, machine: Topology, *, count: int, tokens: float, price: float, write: str) -> str:
     """Try the most promising settings; say how they rank, and the best one's page."""
+    refuse_generator(cfg, "--search")
     chosen = best(cfg, machine, count)
     if not chosen:
         raise UserError(

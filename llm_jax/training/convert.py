@@ -5,7 +5,6 @@ of another name, is compared with its source, and only then gets the name that w
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +20,12 @@ from llm_jax.config import (
     Config,
     DataConfig,
     EncoderConfig,
-    LoraConfig,
     MaskingConfig,
     PrecisionConfig,
     TrainConfig,
     TransformerConfig,
 )
+from llm_jax.config.schema import MASKED_TASKS
 from llm_jax.config.tasks import HEADS
 from llm_jax.convert import families, hub, peft, pieces, reference, rules, safetensors, source
 from llm_jax.convert.family import Family, differences_in_function
@@ -141,7 +140,7 @@ def data_config(found: Source, to: str) -> DataConfig:
         tokenizer, eos = (f"{to}/tokenizer", eos_habit(found.folder)) if there else ("none", "none")
         return DataConfig(tokenizer=tokenizer, eos=eos, sequence_length=length)
     task = task_of(found)
-    masked = task in ("masked", "replaced")
+    masked = task in MASKED_TASKS
     return DataConfig(
         task=task,
         path="stdlib" if masked else "records.jsonl",
@@ -263,7 +262,7 @@ def to_hub(
     if adapter and isinstance(cfg.model, EncoderConfig) and cfg.model.head != "embedding":
         reason = f"the head ({cfg.model.head}) was trained beside the adapters, and would not be in their file"
         raise UserError(f"--adapter: {reason}; leave it out for the model with its adapters merged")
-    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig()))
+    plain = convert_check.as_written(cfg)
     beside, notes = hub_files.beside(workdir, cfg)
     family = family_of_run(plain.model, architecture, notes.get("architecture"), notes.get("needs", ()))
     written = family.hf_config(plain.model)  # refused here, before anything is read

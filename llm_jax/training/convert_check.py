@@ -75,6 +75,12 @@ def streams(cfg: Config, parameters: int, asked: bool | None) -> bool:
     return streamed_check.is_needed(cfg, parameters) if asked is None else asked
 
 
+def as_written(cfg: Config) -> Config:
+    """With the model that an export writes: its adapters are merged, and the generator that trained it is left out."""
+    alone = {"generator_divisor": 0} if isinstance(cfg.model, EncoderConfig) else {}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig(), **alone))
+
+
 def of_export(
     folder: Path, workdir: str, step: int, dtypes: Mapping[str, str], *, streamed: bool | None
 ) -> reference.Missing | None:
@@ -84,17 +90,17 @@ def of_export(
         return theirs
     saved_as = restore.read_config(workdir)
     if streams(saved_as, counted(workdir), streamed):
-        plain = dataclasses.replace(saved_as, model=dataclasses.replace(saved_as.model, lora=LoraConfig()))
+        plain = as_written(saved_as)
         with SavedParameters(checkpoint.folder_of(workdir, step), saved_as) as saved:
             read = lambda path, index: saved.merged(path, index).astype(dtypes[path]).astype(np.float32)  # noqa: E731
             ours = streamed_check.logits(plain, read, theirs)
         print(reference.compare(ours, theirs), flush=True)
         return None
     run = restore.restore(workdir, step, EXACT)
-    cfg = dataclasses.replace(run.cfg, model=dataclasses.replace(run.cfg.model, lora=LoraConfig()))
+    cfg = as_written(run.cfg)
     wide = lambda leaf: leaf.astype(np.promote_types(leaf.dtype, np.float32))  # noqa: E731
     merged = lora.merge({path: wide(leaf) for path, leaf in by_path(run.params).items()}, run.cfg.model.lora)
-    params = {path: leaf.astype(dtypes[path]).astype(leaf.dtype) for path, leaf in merged.items()}
+    params = {path: merged[path].astype(dtype).astype(merged[path].dtype) for path, dtype in dtypes.items()}
     model = registry.build(cfg.model, run.model.module.layout, Precision.make(run.cfg.precision))
     ours = logits(dataclasses.replace(run, model=model, params=nested(params)), theirs)
     print(reference.compare(ours, theirs), flush=True)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from llm_jax.backend import compiler_options_here
+from llm_jax import backend
 from llm_jax.config import Config, EvalConfig
 from llm_jax.config.schema import LABELLED_TASKS
 from llm_jax.data import labelled_scores, loader
@@ -45,8 +45,8 @@ class Evaluator:
         self._evaluate = jax.jit(  # replicated: every process reads all rows
             lambda params, batch: objective.evaluation(model, params, batch),
             out_shardings=layout.replicated,
-            compiler_options=compiler_options_here(),
         )
+        self._compiled: dict[Any, Any] = {}  # by the batch's shape: one, or one a bucket
 
     def __call__(self, params: Any, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Means over the whole set: sums are added up over all batches in float64 before anything is divided.
@@ -63,7 +63,10 @@ class Evaluator:
         kept: list[dict[str, np.ndarray]] = []
         ahead: deque[dict[str, jax.Array]] = deque()  # some batches in flight: no wait, and memory for no more
         for batch in self.batches.at(step):
-            ahead.append(self._evaluate(params, batch))
+            shape = batch["tokens"].shape
+            if shape not in self._compiled:
+                self._compiled[shape] = backend.compiled(self._evaluate.lower(params, batch))
+            ahead.append(self._compiled[shape](params, batch))
             if len(ahead) > BATCHES_AHEAD:
                 add(totals, kept, ahead.popleft())
             progress()
@@ -112,7 +115,7 @@ def measure_of(cfg: Config, stores: Sequence[Any]) -> Callable[[list[dict[str, n
 
 # --------------------------------------------------------------------------------------- better, and for how long
 
-LOWER_IS_BETTER = ("loss", "pair_loss")
+LOWER_IS_BETTER = ("loss", "pair_loss", "generator_loss")
 
 
 def rank(evaluation: Mapping[str, float], best: str) -> float:

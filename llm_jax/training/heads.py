@@ -9,7 +9,8 @@ from typing import Any
 from llm_jax.errors import DataError
 from llm_jax.models.lora import is_adapter
 
-HEADS = ("masked", "pairs", "labels", "replaced")  # first names of the paths of an encoder's heads
+HEADS = ("masked", "pairs", "labels", "replaced", "generator")  # first names of the paths of what fits one task alone
+GENERATOR = "generator/"  # taken over whole or not at all
 # The pooler that BERT's pre-training makes on pairs is the one that its fine-tuning goes on with.
 POOLERS = ("labels/pooler/", "pairs/pooler/")
 
@@ -28,9 +29,12 @@ def origins(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> d
     Raises:
       DataError: one that belongs to no head is missing there, or has another shape.
     """
-    found = {}
+    found, same = {}, lambda path: path in theirs and tuple(theirs[path].shape) == tuple(ours[path].shape)
+    whole_generator = all(same(path) for path in ours if path.startswith(GENERATOR))
     for path, leaf in ours.items():
         other = path
+        if path.startswith(GENERATOR) and not whole_generator:
+            continue
         if path not in theirs and path.startswith(POOLERS):
             other = next(path.replace(a, b, 1) for a, b in (POOLERS, POOLERS[::-1]) if path.startswith(a))
         if other in theirs and tuple(theirs[other].shape) == tuple(leaf.shape):

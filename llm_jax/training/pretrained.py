@@ -223,6 +223,7 @@ def under_their_head(ours: Any, theirs: Any) -> Any:
 READ_BY = {
     "num_labels": ("text", "token"), "head_dropout": ("text", "token"), "head_form": ("text", "token", "pooled"),
     "head_pooling": ("text", "pooled"), "tie_embeddings": ("masked", "masked_pairs"),
+    "generator_divisor": ("replaced",),
 }  # fmt: skip
 
 

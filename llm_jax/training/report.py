@@ -141,7 +141,8 @@ def used_axes(placed: jax.sharding.NamedSharding, part: Any) -> list[str]:
 
 
 FIGURES = (  # of an encoder's tasks
-    "accuracy", "pair_accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "matthews", "pearson", "spearman",
+    "accuracy", "pair_accuracy", "generator_accuracy",
+    "exact_match", "f1", "f1_macro", "f1_micro", "matthews", "pearson", "spearman",
 )  # fmt: skip
 YARDSTICKS = {"xz_bits_per_byte": "xz -9", "order0_bits_per_byte": "byte frequencies alone"}
 
@@ -165,7 +166,7 @@ def closing_block(
     last = next((record for record in reversed(history) if "eval/loss" in record), None)
     if last is not None:
         line = f"held-out loss {last['eval/loss']:.4f}"
-        if "eval/examples" in last or "eval/pair_loss" in last:  # of texts or pairs, not of the next token
+        if task != "language":
             line += "".join(f", {name} {last[f'eval/{name}']:.3f}" for name in FIGURES if f"eval/{name}" in last)
         else:
             line += " nats a token"

@@ -105,8 +105,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step `(state, batch) -> (state, metrics)`; the state given is donated.
 
-    `trainable` is a tree of bool like the parameters, None for all: frozen ones do not count in the gradient norm, nor
-    do balance biases.
+    `trainable` is a tree of bool like the parameters, None for all, as `tx` was made with: frozen ones do not count in
+    the gradient norm, by which `tx` clips, nor do balance biases.
 
     Metrics are scalars on the device: every term's mean, "grad_norm" (before clipping), "learning_rate", "tokens"
     (see the objective), "bad_in_a_row", "bad_total" and, where the loss is the code length of targets whose bytes are

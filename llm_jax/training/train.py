@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llm_jax import __version__, distributed, metrics, sharding
-from llm_jax.backend import compiler_options_here
+from llm_jax import __version__, backend, distributed, metrics, sharding
 from llm_jax.config import Config, LogConfig, check_devices, check_vocab, run_steps, to_dict
 from llm_jax.config.mesh import MESH_AXES
 from llm_jax.config.schema import LABELLED_TASKS
@@ -266,7 +265,7 @@ def compile_step(train_step: Any, state: TrainState, batch: Any, run: Run) -> An
         compiled = executable.load(run.executable, lowered, executable.fingerprint(run.cfg, jax.devices(), batch))
         run.out.say(f"loaded the step from {run.executable} in {time.monotonic() - began:.1f} s")
         return compiled
-    compiled = lowered.compile(compiler_options=compiler_options_here())
+    compiled = backend.compiled(lowered)
     run.out.say(f"compiled the step in {time.monotonic() - began:.1f} s")
     return compiled
 
