@@ -315,7 +315,7 @@ LABELLED = [
         ([*MASKED, "data.masking.phases=10:64"], ["data.masking.phases = '10:64'", "write it as 900000=128"]),
         ([*MASKED, "data.masking.phases=100=64"], ["they leave none of train.steps = 100"]),
         ([*ELECTRA, "train.discriminator_weight=9"], ["train.discriminator_weight = 9", "there is no generator"]),
-        ([*MASKED, "train.discriminator_weight=9"], ["it is read only with data.task = replaced"]),
+        ([*MASKED, "train.discriminator_weight=9"], ["train.discriminator_weight = 9", "there is no generator"]),
         ([*ELECTRA, "model.generator_divisor=4", "model.vocab_multiple=2", "mesh.tensor=2"],
          ["model.num_heads = 4: the generator's part (1, of model.generator_divisor) does not split"]),
         ([*MASKED, "data.columns.text=x"], ["data.columns.text = 'x'", "it is read only with data.task"]),

@@ -63,7 +63,7 @@ def tuned(pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     with quick_compiler():
         return llm_jax.finetune(
-            str(pretrained), labelled(64), labelled(24, seed=1), output_dir=str(folder), num_train_epochs=3,
+            str(pretrained), labelled(64), labelled(24, seed=1), output_dir=str(folder), num_train_epochs=6,
             per_device_train_batch_size=1, per_device_eval_batch_size=1, learning_rate=1e-2, max_length=16,
             overrides=["log.trackers=", "eval.every=8", "eval.best=accuracy", "data.buckets=8", "log.every=4"],
         )  # fmt: skip
@@ -141,7 +141,7 @@ def test_the_best_checkpoint_is_the_one_that_is_used(tuned):
     assert found["step"] == best["step"]
     assert found["eval/accuracy"] == pytest.approx(best["eval/accuracy"])
     assert found["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-4)
-    assert best["eval/accuracy"] >= 0.6
+    assert best["eval/accuracy"] > 0.9
 
 
 def test_predictions_in_memory_and_from_a_file_agree(tuned, tmp_path, capsys):
