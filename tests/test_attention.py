@@ -111,6 +111,22 @@ def test_scores_are_not_rounded_to_16_bits(kernel):
         np.testing.assert_allclose(np.asarray(out[0, :, head], np.float64), expected, rtol=0.02, atol=0.03)
 
 
+def test_gradients_in_bfloat16_do_not_share_a_rounding():
+    """Values far from 0: what is rounded before the softmax divides would move all scores of a query together."""
+    means = (0, 0, 10, 0)
+    arrays = [jnp.asarray(normal(i, 1, 256, 2, 32) + mean, jnp.bfloat16) for i, mean in enumerate(means)]
+    places = np.arange(256)
+    mask = AttentionMask(places, places)
+
+    def gradient(dtype):
+        *inputs, cotangent = (array.astype(dtype) for array in arrays)
+        one = lambda q, k: jnp.vdot(reference_attention(q, k, inputs[2], mask), cotangent)  # noqa: E731
+        return [np.asarray(g, np.float64) for g in jax.grad(one, (0, 1))(*inputs[:2])]
+
+    for found, exact in zip(gradient(jnp.bfloat16), gradient(jnp.float32), strict=True):
+        assert np.linalg.norm(found - exact) < 0.025 * np.linalg.norm(exact)
+
+
 # ----------------------------------------------------------------------------------------- multi-head layer
 
 

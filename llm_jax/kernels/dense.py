@@ -60,7 +60,8 @@ def reference_attention(
     if dropout is not None:
         weights = dropout(weights)
     weights = weights.astype(value.dtype).reshape(batch, kv_heads, length * groups, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, value)
+    # Wide until it is divided: what is rounded here would stand in the gradients of all of a query's scores.
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=wide)
     out = out.reshape(batch, kv_heads, length, groups, -1) / total
     return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, -1).astype(value.dtype)
 

@@ -29,15 +29,16 @@ def origins(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> d
     Raises:
       DataError: one that belongs to no head is missing there, or has another shape.
     """
-    found, same = {}, lambda path: path in theirs and tuple(theirs[path].shape) == tuple(ours[path].shape)
-    whole_generator = all(same(path) for path in ours if path.startswith(GENERATOR))
+    fits = lambda path, other: other in theirs and tuple(theirs[other].shape) == tuple(ours[path].shape)  # noqa: E731
+    whole_generator = all(fits(path, path) for path in ours if path.startswith(GENERATOR))
+    found = {}
     for path, leaf in ours.items():
         other = path
         if path.startswith(GENERATOR) and not whole_generator:
             continue
         if path not in theirs and path.startswith(POOLERS):
             other = next(path.replace(a, b, 1) for a, b in (POOLERS, POOLERS[::-1]) if path.startswith(a))
-        if other in theirs and tuple(theirs[other].shape) == tuple(leaf.shape):
+        if fits(path, other):
             found[path] = other
         elif not is_head(path) and not is_adapter(path):
             what = f"has it as {list(theirs[path].shape)}" if path in theirs else "has none"
