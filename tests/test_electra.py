@@ -1,6 +1,7 @@
 """ELECTRA: a generator that fills hidden places beside the encoder that tells which tokens are not the text's own."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,14 @@ def test_flops_are_those_of_both_models():
     one = build(dataclasses.replace(whole.cfg, generator_divisor=0))
     other = build(generator_config(whole.cfg))
     assert count(whole).total == pytest.approx(count(one).total + count(other).total)
+
+
+def test_a_missing_compiler_is_not_answered_by_an_estimate(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    flags = ("--config.model.vocab_size=30522", "--topology=h100:1x8")
+    assert cli.main(["plan", "--config=bert/pretrain_electra", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "the CUDA plugin is not installed" in said and "--quick" not in said
 
 
 @pytest.mark.parametrize("flag", ["--quick", "--search"])

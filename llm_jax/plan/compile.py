@@ -141,16 +141,16 @@ def fingerprint(request: dict[str, Any]) -> str:
 
 def require_compiler(setting: Setting) -> None:
     """Raises UserError where the machine's compiler is not installed."""
+    generator = getattr(setting.cfg.model, "generator_divisor", 0)  # which the quick estimate does not know
+    quick = "" if generator else ", or take --quick, which compiles nothing"
     if setting.machine.hardware.tpu:
         if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
             raise UserError(
-                f"{setting.machine}: the TPU compiler is not installed; pip install 'llm-jax[plan-tpu]' (Linux), or "
-                "take --quick, which compiles nothing"
+                f"{setting.machine}: the TPU compiler is not installed; pip install 'llm-jax[plan-tpu]' (Linux){quick}"
             )
     elif not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (13, 12)):
         raise UserError(
-            f"{setting.machine}: the CUDA plugin is not installed; pip install 'llm-jax[plan-cuda]' (Linux), or take "
-            "--quick, which compiles nothing"
+            f"{setting.machine}: the CUDA plugin is not installed; pip install 'llm-jax[plan-cuda]' (Linux){quick}"
         )
 
 
