@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_finetune import SMALL, labelled, stories
+from test_finetune import labelled, pretrain
 from tiny import QUICK, build, numbers, quick_compiler
 from tiny_encoders import encoder, texts
 
 import llm_jax
-from llm_jax import cli, config
+from llm_jax import cli
 from llm_jax.convert import safetensors
 from llm_jax.errors import Unproven
 from llm_jax.metrics import read_jsonl
 from llm_jax.models.flops import training_flops
 from llm_jax.models.generator import draw, generator_config
 from llm_jax.objectives.masked import ReplacedObjective
-from llm_jax.training import convert, restore, train
+from llm_jax.training import convert, restore
 
 ELECTRA = dict(head="replaced", embedding_dim=8, generator_divisor=2)
 TEXT = ("positions", "segment_ids", "token_types")
@@ -137,24 +137,7 @@ def test_estimates_without_compiling_know_no_generator(flag, capsys):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("electra")
-    (folder / "text.txt").write_text(stories(60))
-    cfg = config.from_dict(
-        dict(
-            model=SMALL | dict(head="replaced", embedding_dim=8, generator_divisor=2),
-            data=dict(
-                task="replaced", path=str(folder / "text.txt"), separator="\n\n", tokenizer="wordpiece",
-                tokenizer_vocab_size=300, eos="lines", sequence_length=24, validation_fraction=0.2,
-                masking=dict(next_sentence=False),
-            ),
-            train=dict(steps=4, global_batch_size=8), optim=dict(schedule="constant"),
-            eval=dict(every=2), checkpoint=dict(every=2), log=dict(trackers=[], every=2), generate=dict(max_tokens=0),
-        )
-    )  # fmt: skip
-    config.check(cfg)
-    with quick_compiler():
-        train.train(cfg, str(folder / "run"))
-    return folder / "run"
+    return pretrain(tmp_path_factory.mktemp("electra"), "replaced", dict(next_sentence=False), **ELECTRA)
 
 
 def test_a_run_tells_both_models_figures(pretrained):
@@ -187,3 +170,12 @@ def test_an_export_leaves_the_generator_out(pretrained, tmp_path):
     tokens = np.tile(np.arange(12), (8, 1))  # a row a device
     one, other = (run.model.apply(run.params, tokens, method="replaced_logits") for run in (ours, back))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parity
+def test_an_export_gives_the_logits_of_transformers(pretrained, tmp_path, capsys):
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason=f"needs {name} (the extra `parity`)")
+    with quick_compiler():
+        convert.to_hub(str(pretrained), str(tmp_path / "hub"))
+    assert "checked: largest difference of the logits" in capsys.readouterr().out

@@ -34,18 +34,15 @@ def labelled(count, seed=0):
     return [{"text": text, "label": "with" if "cat" in text else "without"} for text in texts]
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """The folder of a run of masked pre-training, of four steps."""
-    folder = tmp_path_factory.mktemp("pretrained")
+def pretrain(folder, task, masking, **model):
+    """The folder of a run of pre-training, of four steps."""
     (folder / "text.txt").write_text(stories(60))
     cfg = config.from_dict(
         dict(
-            model=SMALL | dict(head="masked_pairs"),
+            model=SMALL | model,
             data=dict(
-                task="masked", path=str(folder / "text.txt"), separator="\n\n", tokenizer="wordpiece",
-                tokenizer_vocab_size=300, eos="lines", sequence_length=24, masking=dict(phases=["2=16"]),
-                validation_fraction=0.2,
+                task=task, path=str(folder / "text.txt"), separator="\n\n", tokenizer="wordpiece",
+                tokenizer_vocab_size=300, eos="lines", sequence_length=24, masking=masking, validation_fraction=0.2,
             ),
             train=dict(steps=4, global_batch_size=8),
             eval=dict(every=2), checkpoint=dict(every=0), log=dict(trackers=[], every=2), generate=dict(max_tokens=0),
@@ -56,6 +53,11 @@ def pretrained(tmp_path_factory):
     with quick_compiler():
         train.train(cfg, str(folder / "run"))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("pretrained"), "masked", dict(phases=["2=16"]), head="masked_pairs")
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,6 @@ def with_targets(row: Mapping[str, Any], task: str, names: Sequence[str] = ()) -
         pairs = row["pair_labels"][row["pair_weights"] > 0]
         row["told"] = [f"pair {n}: {('its second part follows', 'its second part is random')[p]}"
                        for n, p in enumerate(pairs.tolist(), 1)]  # fmt: skip
-        row["target_names"] = None
         return row
     if task == "tokens":
         row["targets"], row["loss_weights"] = np.maximum(row["labels"], 0), (row["labels"] >= 0).astype(np.float32)

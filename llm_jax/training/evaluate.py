@@ -43,8 +43,7 @@ class Evaluator:
     ):
         self.batches, self.objective, self.measure = batches, objective, measure
         self._evaluate = jax.jit(  # replicated: every process reads all rows
-            lambda params, batch: objective.evaluation(model, params, batch),
-            out_shardings=layout.replicated,
+            lambda params, batch: objective.evaluation(model, params, batch), out_shardings=layout.replicated
         )
         self._compiled: dict[Any, Any] = {}  # by the batch's shape: one, or one a bucket
 
