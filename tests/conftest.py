@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("LLM_JAX_COMMAND", None)  # launch/local.sh says with it how it was called; runs here are `llm-jax`
 os.environ["LLM_JAX_CACHE"] = tempfile.mkdtemp(prefix="llm_jax_tests_")
 
+import gc
 import shutil
 
 import jax
@@ -21,6 +22,13 @@ jax.config.update("jax_enable_x64", False)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["LLM_JAX_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_heap():
+    """Collections pass over what earlier files left: through all of jax's traces each would take two seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from llm_jax import cli
 from llm_jax.convert import safetensors
 from llm_jax.errors import Unproven
 from llm_jax.metrics import read_jsonl
+from llm_jax.models.encoder import Text
 from llm_jax.models.flops import training_flops
 from llm_jax.models.generator import draw, generator_config
 from llm_jax.objectives.masked import ReplacedObjective
 from llm_jax.training import convert, restore
 
 ELECTRA = dict(head="replaced", embedding_dim=8, generator_divisor=2)
-TEXT = ("positions", "segment_ids", "token_types")
 
 
 def test_tokens_are_drawn_by_their_probabilities():
@@ -40,7 +40,7 @@ def test_a_padded_id_is_never_drawn():
 @pytest.mark.parametrize("changes", [ELECTRA, ELECTRA | dict(scan_layers=False)], ids=["looped", "unrolled"])
 def test_the_encoder_reads_what_the_generator_drew(changes, x64):
     model, batch = build(encoder(**changes), dtype="float64"), texts(3, 16)
-    params, text = numbers(model), [batch[name] for name in TEXT]
+    params, text = numbers(model), Text.of(batch)
 
     def fill(tokens, values):
         tokens = tokens.copy()
@@ -51,12 +51,11 @@ def test_the_encoder_reads_what_the_generator_drew(changes, x64):
     apply = jax.jit(
         lambda targets: model.apply(
             params,
-            batch["tokens"],
+            text,
             batch["masked_positions"],
             targets,
             batch["masked_weights"],
             batch["masked_draws"],
-            *text,
             method="replaced_tokens",
         )
     )
@@ -68,7 +67,7 @@ def test_the_encoder_reads_what_the_generator_drew(changes, x64):
     seen = fill(batch["tokens"], (probabilities.cumsum(-1) <= batch["masked_draws"][..., None]).sum(-1))
     assert (seen != batch["tokens"]).any()
     assert (np.asarray(replaced) == (seen != fill(batch["tokens"], batch["masked_targets"]))).all()
-    expected = model.apply(params, seen, *text, method="replaced_logits")
+    expected = model.apply(params, text._replace(tokens=seen), method="replaced_logits")
     np.testing.assert_allclose(told, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -76,8 +75,7 @@ def test_without_a_generator_any_token_may_be_drawn():
     model, batch = build(encoder(head="replaced")), texts(3, 16)
     batch["tokens"][:], batch["masked_targets"][:] = 7, 7
     hidden = (batch[f"masked_{name}"] for name in ("positions", "targets", "weights", "draws"))
-    text = (batch[name] for name in TEXT)
-    _, replaced, generator = model.apply(numbers(model), batch["tokens"], *hidden, *text, method="replaced_tokens")
+    _, replaced, generator = model.apply(numbers(model), Text.of(batch), *hidden, method="replaced_tokens")
     drawn = np.floor(batch["masked_draws"] * 30)
     expected = sum(((drawn != 7) & (batch["masked_weights"] > 0)).reshape(-1))  # places are all different
     assert generator is None and int(replaced.sum()) == expected > 0
@@ -167,8 +165,8 @@ def test_an_export_leaves_the_generator_out(pretrained, tmp_path):
     names = safetensors.read_folder(tmp_path / "hub")
     assert "discriminator_predictions.dense.weight" in names and not any("generator" in name for name in names)
     ours, back = restore.restore(pretrained), restore.restore(tmp_path / "back")
-    tokens = np.tile(np.arange(12), (8, 1))  # a row a device
-    one, other = (run.model.apply(run.params, tokens, method="replaced_logits") for run in (ours, back))
+    text = Text(np.tile(np.arange(12), (8, 1)))  # a row a device
+    one, other = (run.model.apply(run.params, text, method="replaced_logits") for run in (ours, back))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import QUICK, build, numbers, unstacked
-from tiny_encoders import DISENTANGLED, ROTARY, encoder, texts
+from tiny_encoders import DISENTANGLED, ROTARY, call, encoder, texts
 
 from llm_jax.config import DecoderConfig, EncoderConfig
 from llm_jax.config.model import check_model
@@ -28,7 +28,11 @@ FORMS = {
 
 
 def apply(model, params, batch, method="__call__", **more):
-    run = lambda params, batch: model.apply(params, **batch, **more, method=method)  # noqa: E731
+    def run(params, batch):
+        if method == "__call__":
+            return model.apply(params, **batch)
+        return call(model, params, batch, method, **more)
+
     return jax.tree.map(np.asarray, jax.jit(run, compiler_options=QUICK)(params, batch))
 
 
@@ -118,8 +122,8 @@ def test_a_last_block_that_computes_what_is_read_alone(form, monkeypatch):
 
     def step(params, batch):
         def total(params):
-            given = dict(rows=jnp.arange(3) + 5, dropout_key=jax.random.key(1), method="masked_losses")
-            loss, _, pairs = model.apply(params, **batch, **given)
+            rows = {"rows": jnp.arange(3) + 5}
+            loss, _, pairs = call(model, params, batch | rows, "masked_losses", dropout_key=jax.random.key(1))
             return (loss * weights).sum() + (pairs * jnp.arange(1.0, 9).reshape(1, 4, 2)).sum()
 
         weights = jnp.arange(1.0, 13).reshape(3, 4)

@@ -10,6 +10,7 @@ from tiny import QUICK, assert_close, mesh_layout, numbers
 
 from llm_jax.config import DropoutConfig, EncoderConfig
 from llm_jax.models import registry
+from llm_jax.models.encoder import Text
 from llm_jax.objectives.labelled import LabelledObjective, similarity_losses, span_losses
 from llm_jax.objectives.masked import MaskedObjective, ReplacedObjective, binary_cross_entropy, label_losses
 from llm_jax.precision import Precision
@@ -248,23 +249,14 @@ def test_a_packed_text_has_the_loss_that_it_has_alone():
     place = np.array([[1]], np.int32)
     target = np.array([[7]], np.int32)
     loss = jax.jit(
-        lambda params, tokens, place, positions, segments, types, starts: model.apply(
-            params,
-            tokens,
-            place,
-            jnp.asarray(target),
-            positions,
-            segments,
-            types,
-            starts=starts,
-            method="masked_losses",
+        lambda params, text, place, starts: model.apply(
+            params, text, place, jnp.asarray(target), starts=starts, method="masked_losses"
         )
     )
-    packed = loss(
-        params, batch["tokens"][row : row + 1], place + begin, batch["positions"][row : row + 1],
-        batch["segment_ids"][row : row + 1], batch["token_types"][row : row + 1], np.array([[begin]], np.int32),
-    )  # fmt: skip
-    single = loss(params, alone["tokens"], place, positions, segments, alone["token_types"], np.zeros((1, 1), np.int32))
+    text = Text.of({name: value[row : row + 1] for name, value in batch.items()})
+    packed = loss(params, text, place + begin, np.array([[begin]], np.int32))
+    text = Text(alone["tokens"], positions, segments, alone["token_types"])
+    single = loss(params, text, place, np.zeros((1, 1), np.int32))
     np.testing.assert_allclose(packed[0], single[0], rtol=2e-5)
     np.testing.assert_allclose(packed[2], single[2], rtol=2e-5, atol=1e-6)
 

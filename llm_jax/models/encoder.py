@@ -1,6 +1,8 @@
 """The bidirectional encoder: embed, blocks, and the head that the config names."""
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,19 +23,40 @@ from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
 
 
-class Encoder(nn.Module):
-    """A transformer in which every token sees its whole text, with one head (`model.head`).
+class Text(NamedTuple):
+    """Rows of texts, as an encoder reads them.
 
-    All methods take
+    Attributes:
       tokens: (B, T) int32.
       positions: (B, T) int32, place of each token in its text; None: its place in the row.
       segment_ids: (B, T) int32, the text of each token in a packed row, 0 for padding; None: one text a row.
       token_types: (B, T) int32, which text of a pair; None: all the first. A model with fewer types takes its last one
         for those beyond, a model without any passes them over.
       rows: (B,) int32, each row's number in the global batch, by which dropout goes; None: 0, 1, 2, ...
-      dropout_key: None: no dropout.
-    and those of texts
-      starts: (B, S) int32, the place of each text's first token; where a row has fewer, any place will do.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    token_types: jax.Array | None = None
+    rows: jax.Array | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, jax.Array]) -> "Text":
+        """That of a batch's features; a batch with no "rows" begins at row 0."""
+        return cls(batch["tokens"], batch["positions"], batch["segment_ids"], batch["token_types"], batch.get("rows"))
+
+    @property
+    def row_numbers(self) -> jax.Array:
+        return jnp.arange(len(self.tokens)) if self.rows is None else self.rows
+
+
+class Encoder(nn.Module):
+    """A transformer in which every token sees its whole text, with one head (`model.head`).
+
+    Where methods take
+      dropout_key: None is no dropout.
+      starts: (B, S) int32, the place of each text's first token; where a row has fewer texts, any place will do.
     """
 
     cfg: EncoderConfig
@@ -81,22 +104,19 @@ class Encoder(nn.Module):
         rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """The hidden states above the last block, (B, T, D)."""
-        x = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)[0]
+        """The hidden states above the last block, (B, T, D), of `Text(tokens, positions, ...)`."""
+        text = Text(tokens, positions, segment_ids, token_types, rows)
+        x, _ = self._hidden(text, dropout_key)
         if self.is_initializing():
-            self._make_head(x, tokens)
+            self._make_head(x, text)
         return x
 
     def masked_losses(
         self,
-        tokens: jax.Array,
+        text: Text,
         masked_positions: jax.Array,
         masked_targets: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
         *,
-        rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -106,98 +126,49 @@ class Encoder(nn.Module):
           (B, P) at least float32, (B, P) bool, and with `starts` (B, S, 2) logits of pairs, else None.
         """
         read = masked_positions if starts is None else jnp.concatenate([masked_positions, starts], axis=1)
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key, read)
+        x, _ = self._hidden(text, dropout_key, read)
         masked, firsts = jnp.split(x, [masked_positions.shape[1]], axis=1)
         logits = self._masked_logits(masked)
         loss, _ = cross_entropy(logits, masked_targets)
         pairs = None if starts is None else self.pairs(firsts)
         return loss, logits.argmax(-1) == masked_targets, pairs
 
-    def masked_logits(
-        self,
-        tokens: jax.Array,
-        masked_positions: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-    ) -> jax.Array:
+    def masked_logits(self, text: Text, masked_positions: jax.Array) -> jax.Array:
         """The logits (B, P, V) of the tokens at places (B, P), V the padded vocabulary; padded ids have -inf."""
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, None, None, masked_positions)
+        x, _ = self._hidden(text, None, masked_positions)
         return self._masked_logits(x)
 
-    def text_logits(
-        self,
-        tokens: jax.Array,
-        starts: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        *,
-        rows: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+    def text_logits(self, text: Text, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Scores of each text, (B, S, num_labels); of a pooled head what a classifier would read, (B, S, D)."""
         mean = self.cfg.head_pooling == "mean"
         read = None if mean else starts
-        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key, read)
-        x = self._mean(x, starts, segment_ids) if mean else x
-        return self.labels(x, key, self._rows(x, rows))
+        x, key = self._hidden(text, dropout_key, read)
+        x = self._mean(x, starts, text.segment_ids) if mean else x
+        return self.labels(x, key, text.row_numbers)
 
-    def token_logits(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        *,
-        rows: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+    def token_logits(self, text: Text, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Scores of each token, (B, T, num_labels)."""
-        x, key = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
-        return self.labels(x, key, self._rows(x, rows))
+        x, key = self._hidden(text, dropout_key)
+        return self.labels(x, key, text.row_numbers)
 
-    def embeddings(
-        self,
-        tokens: jax.Array,
-        starts: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        *,
-        rows: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+    def embeddings(self, text: Text, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """The mean of each text's hidden states, (B, S, D) (Sentence-BERT, arXiv 1908.10084)."""
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
-        return self._mean(x, starts, segment_ids)
+        x, _ = self._hidden(text, dropout_key)
+        return self._mean(x, starts, text.segment_ids)
 
-    def replaced_logits(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        *,
-        rows: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+    def replaced_logits(self, text: Text, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits of each token's having been exchanged for another, (B, T)."""
-        x, _ = self._hidden(tokens, positions, segment_ids, token_types, rows, dropout_key)
+        x, _ = self._hidden(text, dropout_key)
         return self.replaced(x)
 
     def replaced_tokens(
         self,
-        tokens: jax.Array,
+        text: Text,
         masked_positions: jax.Array,
         masked_targets: jax.Array,
         masked_weights: jax.Array,
         masked_draws: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
         *,
-        rows: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
         """ELECTRA (arXiv 2003.10555, section 2): the places (B, P) of some weight are filled with tokens drawn by
@@ -210,68 +181,53 @@ class Encoder(nn.Module):
           of a generator -log p of masked_targets, (B, P) at least float32, and whether its likeliest is right, (B, P).
         """
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        text, vocab_size = (positions, segment_ids, token_types), self.cfg.vocab_size
+        vocab_size = self.cfg.vocab_size
         if self.cfg.generator_divisor:
-            x, shared = self._embedded(tokens, *text, rows, keys[0])
+            x, shared = self._embedded(text, keys[0])
             logits = self.generator(x, self.embedding.head(), shared, masked_positions, keys[1])
             drawn = draw(jax.lax.stop_gradient(logits), masked_draws, vocab_size)
             generator = cross_entropy(logits, masked_targets)[0], logits.argmax(-1) == masked_targets
         else:
             drawn, generator = jnp.floor(masked_draws * vocab_size).astype(jnp.int32), None
-        places = jnp.where(masked_weights > 0, masked_positions, tokens.shape[1])  # beyond the row: dropped
-        hidden = jnp.asarray(tokens).at[jnp.arange(len(tokens))[:, None], places]
+        places = jnp.where(masked_weights > 0, masked_positions, text.tokens.shape[1])  # beyond the row: dropped
+        hidden = jnp.asarray(text.tokens).at[jnp.arange(len(places))[:, None], places]
         fill = lambda values: hidden.set(values, mode="drop")  # noqa: E731
         seen = fill(drawn)
-        told = self.replaced_logits(seen, *text, rows=rows, dropout_key=keys[2])
+        told = self.replaced_logits(text._replace(tokens=seen), dropout_key=keys[2])
         return told, seen != fill(masked_targets), generator
 
     # ------------------------------------------------------------------------------------------ the trunk
 
     def _hidden(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None,
-        segment_ids: jax.Array | None,
-        token_types: jax.Array | None,
-        rows: jax.Array | None,
-        dropout_key: jax.Array | None,
-        read: jax.Array | None = None,
+        self, text: Text, dropout_key: jax.Array | None, read: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """The hidden states (B, T, D), or those at places `read` (B, P), and the key of the head's dropout."""
         cfg = self.cfg
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        x, shared = self._embedded(tokens, positions, segment_ids, token_types, rows, keys[0])
+        x, shared = self._embedded(text, keys[0])
         if cfg.embedding_dim not in (0, cfg.embed_dim):
             x = self.layout(self.embedding_projection(x), "batch", "residual_length", "embed")
         norm = None if cfg.norm_placement == "post" else self.final_norm
         return hidden_states(self.stack, norm, x, keys[1], shared, read), keys[2]
 
-    def _embedded(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None,
-        segment_ids: jax.Array | None,
-        token_types: jax.Array | None,
-        rows: jax.Array | None,
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, Shared]:
+    def _embedded(self, text: Text, key: jax.Array | None) -> tuple[jax.Array, Shared]:
         """What the first block reads, (B, T, E) before it is projected, and what all blocks do. `key`: of dropout."""
-        cfg, length = self.cfg, tokens.shape[1]
+        cfg, length, rows = self.cfg, text.tokens.shape[1], text.row_numbers
         if length > cfg.max_length:
             raise ValueError(f"rows of {length} tokens are longer than model.max_length={cfg.max_length}")
         index = jnp.arange(length)
-        mask = AttentionMask(index, index, segment_ids, segment_ids, causal=False, in_order=True)
-        rows = self._rows(tokens, rows)
-        x = self._embed(tokens, positions, token_types)
+        mask = AttentionMask(index, index, text.segment_ids, text.segment_ids, causal=False, in_order=True)
+        x = self._embed(text)
         axes = ("batch", "residual_length", "embed")
         x = dropout(self.layout(x, *axes), cfg.dropout.embedding, key, rows, self.layout, *axes, tokens=index)
-        places = jnp.broadcast_to(index[None], tokens.shape) if positions is None else positions
+        places = jnp.broadcast_to(index[None], text.tokens.shape) if text.positions is None else text.positions
         return x, self._shared(mask, rows, places)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array | None, token_types: jax.Array | None) -> jax.Array:
+    def _embed(self, text: Text) -> jax.Array:
         """Token + type + position, and their norm: (B, T, D), or narrower where they are projected."""
-        cfg, length = self.cfg, tokens.shape[1]
-        x = self.embedding(tokens)
+        cfg, length = self.cfg, text.tokens.shape[1]
+        positions, token_types = text.positions, text.token_types
+        x = self.embedding(text.tokens)
         if cfg.embedding_scale:
             x = x * math.sqrt(x.shape[-1])
         if cfg.token_types:
@@ -301,20 +257,20 @@ class Encoder(nn.Module):
 
     # ------------------------------------------------------------------------------------------ the heads
 
-    def _make_head(self, x: jax.Array, tokens: jax.Array) -> None:
-        """Run the head once, so that its parameters are made. `x` (B, T, D), `tokens` (B, T)."""
+    def _make_head(self, x: jax.Array, text: Text) -> None:
+        """Run the head once on the text's hidden states, (B, T, D), so that its parameters are made."""
         match self.cfg.head:
             case "masked" | "masked_pairs":
                 self._masked_logits(x)
                 if self.cfg.head == "masked_pairs":
                     self.pairs(x)
             case "text" | "token" | "pooled":
-                self.labels(x, None, self._rows(x, None))
+                self.labels(x, None, text.row_numbers)
             case "replaced":
                 self.replaced(x)
         if self.cfg.generator_divisor:
-            embedded = self._embedded(tokens, None, None, None, None, None)
-            self.generator(embedded[0], self.embedding.head(), embedded[1], tokens[:, :1], None)
+            embedded, shared = self._embedded(text, None)
+            self.generator(embedded, self.embedding.head(), shared, text.tokens[:, :1], None)
 
     def _masked_logits(self, x: jax.Array) -> jax.Array:
         return self.masked(x, self.embedding.head())
@@ -328,9 +284,6 @@ class Encoder(nn.Module):
         total = jnp.einsum("bst,btd->bsd", members.astype(x.dtype), x, preferred_element_type=at_least_float32(x).dtype)
         mean = total / jnp.maximum(members.sum(-1, keepdims=True), 1)
         return self.layout(mean.astype(x.dtype), "batch", None, "embed")
-
-    def _rows(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
-        return jnp.arange(len(x)) if rows is None else rows
 
     def _table(self, size: int, features: int, axes: tuple[str, str]) -> Embedding:
         init = nn.initializers.normal(1.0 if self.cfg.init == "torch" else self.cfg.init_std)

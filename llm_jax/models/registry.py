@@ -29,19 +29,19 @@ class Model:
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters; jit this with `out_shardings` to make them straight in their shards."""
-        return nn.unbox(self._boxed(key))
+        return nn.unbox(make_parameters(self.module, key))
 
     def shapes(self) -> Any:
         """Tree of ShapeDtypeStruct of the parameters."""
-        return nn.unbox(self._abstract)
+        return nn.unbox(self._boxes)
 
     def axes(self) -> Any:
         """The same tree, the logical names of each parameter's axes in place of its shape."""
-        return jax.tree.map(lambda box: box.names, self._abstract, is_leaf=lambda node: isinstance(node, Axes))
+        return jax.tree.map(lambda box: box.names, self._boxes, is_leaf=lambda node: isinstance(node, Axes))
 
     @functools.cached_property
-    def _abstract(self) -> Any:
-        found = jax.eval_shape(self._boxed, jax.random.key(0))  # traces the whole model, so once
+    def _boxes(self) -> Any:
+        found = abstract_parameters(self.module, jax.config.jax_enable_x64)
         check_targets(self.cfg.lora, nn.unbox(found))
         return found
 
@@ -58,8 +58,19 @@ class Model:
         )
         return logits, changed["cache"]
 
-    def _boxed(self, key: jax.Array) -> Any:
-        return self.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+def make_parameters(module: nn.Module, key: jax.Array) -> Any:
+    """Fresh parameters, each in a box with the names of its axes."""
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_parameters(module: nn.Module, wide: bool) -> Any:
+    """The same of shapes in place of arrays. It traces the whole model, so once for all models that are equal.
+
+    `wide` is jax's own setting of 64 bits, by which float64 is what it says or float32.
+    """
+    return jax.eval_shape(functools.partial(make_parameters, module), jax.random.key(0))
 
 
 def build(cfg: ModelConfig, layout: Layout, precision: Precision) -> Model:

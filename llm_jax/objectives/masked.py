@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import Config
+from llm_jax.models.encoder import Text
 from llm_jax.models.registry import Model
 from llm_jax.objectives.base import Batch
 from llm_jax.precision import at_least_float32
@@ -43,13 +44,9 @@ class MaskedObjective:
     ) -> dict[str, jax.Array]:
         loss, correct, pair_logits = model.apply(
             params,
-            batch["tokens"],
+            Text.of(batch),
             batch["masked_positions"],
             batch["masked_targets"],
-            batch["positions"],
-            batch["segment_ids"],
-            batch["token_types"],
-            rows=batch.get("rows"),
             starts=batch["starts"] if self.pairs else None,
             dropout_key=dropout_key,
             method="masked_losses",
@@ -111,15 +108,11 @@ class ReplacedObjective:
     ) -> dict[str, jax.Array]:
         logits, replaced, generator = model.apply(
             params,
-            batch["tokens"],
+            Text.of(batch),
             batch["masked_positions"],
             batch["masked_targets"],
             batch["masked_weights"],
             batch["masked_draws"],
-            batch["positions"],
-            batch["segment_ids"],
-            batch["token_types"],
-            rows=batch.get("rows"),
             dropout_key=dropout_key,
             method="replaced_tokens",
         )

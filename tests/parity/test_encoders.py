@@ -13,6 +13,7 @@ from tiny import quick_compiler
 
 from llm_jax.convert import families, rules, torch_reference
 from llm_jax.errors import Unproven
+from llm_jax.models.encoder import Text
 from llm_jax.sharding import path_name
 from llm_jax.training import convert, convert_check, restore
 
@@ -139,7 +140,7 @@ def test_the_losses_of_pre_training(tmp_path):
             torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels).long(),
             next_sentence_label=torch.from_numpy(pairs),
         ).loss.item()  # fmt: skip
-    given = (tokens, places, np.take_along_axis(targets, places, 1))
+    given = (Text(tokens), places, np.take_along_axis(targets, places, 1))
     starts = np.zeros((8, 1), np.int32)
     losses = jax.jit(lambda params: run.model.apply(params, *given, starts=starts, method="masked_losses"))
     loss, _, logits = losses(run.params)

@@ -9,6 +9,7 @@ import pytest
 
 from llm_jax.data import tokenizers
 from llm_jax.errors import Unproven
+from llm_jax.models.encoder import Text
 from llm_jax.training import convert, restore
 
 pytestmark = pytest.mark.parity
@@ -50,7 +51,7 @@ def test_hidden_states_embeddings_and_the_way_back(tmp_path):
     np.testing.assert_allclose(found[there], hidden[there], rtol=0, atol=1e-4)
 
     starts = np.zeros((len(tokens), 1), np.int32)
-    embed = jax.jit(lambda params: run.model.apply(params, starts=starts, **batch, method="embeddings"))
+    embed = jax.jit(lambda params: run.model.apply(params, Text(**batch), starts, method="embeddings"))
     ours = unit(np.asarray(embed(run.params))[:, 0].astype(np.float64))
     np.testing.assert_allclose(ours @ ours.T, unit(means) @ unit(means).T, rtol=0, atol=1e-6)
     np.testing.assert_allclose((ours * unit(means)).sum(-1), 1, rtol=0, atol=1e-6)
