@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, quick_compiler
+from tiny import QUICK, quick_compiler, slow
 
 from llm_jax import cli, metrics, rng, sharding
 from llm_jax.config import MeshConfig, check, config_names, find_config, load, to_dict
@@ -151,12 +151,9 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
-QUICKLY = {"shakespeare_char", "smoke/everything"}
-
-
 def all_recipes() -> list:
-    """All of `distinct`; but for a few they are slow tests."""
-    return [pytest.param(spec, marks=[] if spec in QUICKLY else [pytest.mark.slow]) for spec in distinct()]
+    """All of `distinct`; but for one they are slow tests."""
+    return [spec if spec == "smoke/everything" else slow(spec) for spec in distinct()]
 
 
 def guesses(cfg) -> dict[str, int]:

@@ -47,8 +47,8 @@ def test_an_even_router_has_balance_one_a_token_and_a_collapsed_one_as_many_as_e
 def test_statistics_belong_to_their_row_and_a_row_of_padding_has_none(x64):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 4)))
     segments = jnp.asarray([[1] * 6, [1, 1, 1, 2, 2, 0], [0] * 6])
-    together = route(logits, segments, 2, renormalize=True)[2]
-    alone = [route(logits[i : i + 1], segments[i : i + 1], 2, renormalize=True)[2] for i in range(3)]
+    statistics = jax.jit(lambda *rows: route(*rows, 2, renormalize=True)[2], compiler_options=QUICK)
+    together, alone = statistics(logits, segments), [statistics(logits[i, None], segments[i, None]) for i in range(3)]
     for name in ("balance", "z"):
         np.testing.assert_array_equal(getattr(together, name), [float(getattr(r, name)[0]) for r in alone])
         assert getattr(together, name)[2] == 0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QUICK, assert_close, build, decoder, numbers, packed, unstacked
+from tiny import QUICK, assert_close, build, decoder, numbers, packed, slow, unstacked
 from tiny_encoders import ROTARY, encoder
 
 from llm_jax.config import check, from_dict
@@ -109,7 +109,8 @@ def test_the_loop_over_layers_is_a_plain_loop(words, period):
 
 @pytest.mark.parametrize(
     "keys",
-    [*(dict(norm_placement=placement) for placement in ("pre", "post", "sandwich", "output", "parallel")),
+    [*(dict(norm_placement=placement) for placement in ("pre", "post")),
+     *(slow(dict(norm_placement=placement)) for placement in ("sandwich", "output", "parallel")),
      dict(lora=dict(rank=2)), dict(moe=EXPERTS, num_layers=6)],
     ids=str,
 )  # fmt: skip

@@ -49,15 +49,16 @@ def test_a_layer_is_x_w_plus_s_x_a_b(x64):
         a, b = leaves.pop(f"{place}/lora_a"), leaves.pop(f"{place}/lora_b")
         leaves[f"{place}/kernel"] = leaves[f"{place}/kernel"] + 6.0 / 3 * (a @ b)
     tokens = packed(2, 8)["tokens"]
-    expected = build(without, dtype="float64").apply(nested(leaves), tokens)
-    np.testing.assert_allclose(model.apply(params, tokens), expected, rtol=1e-12)
+    logits = lambda model, params: jax.jit(model.apply, compiler_options=QUICK)(params, tokens)  # noqa: E731
+    expected = logits(build(without, dtype="float64"), nested(leaves))
+    np.testing.assert_allclose(logits(model, params), expected, rtol=1e-12)
     stabilized = LoraConfig(rank=4, alpha=6.0, rank_stabilized=True)
     assert stabilized.scale == 3.0
 
 
 def test_a_and_b_start_as_published():
     model = build(decoder(embed_dim=64, num_heads=4, lora=dict(rank=5)), dtype="bfloat16")
-    leaves = by_path(model.init(jax.random.key(0)))
+    leaves = by_path(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0)))
     a, b = leaves["stack/blocks/mlp/down/lora_a"], leaves["stack/blocks/mlp/down/lora_b"]
     assert a.dtype == b.dtype == jnp.float32 and leaves["stack/blocks/mlp/down/kernel"].dtype == jnp.bfloat16
     assert a.shape == (2, 24, 5) and not b.any()
@@ -175,7 +176,8 @@ def test_a_run_without_adapters_gives_the_base_and_they_start_afresh(tmp_path):
     save(tmp_path, numbers(base))
     start = started(tmp_path, model)
     assert start.how.endswith(f"step 4 of {tmp_path} and 14 fresh arrays of adapters (model.lora)")
-    found, fresh = by_path(start.state.params), by_path(model.init(jax.random.key(1)))
+    fresh = by_path(jax.jit(model.init, compiler_options=QUICK)(jax.random.key(1)))
+    found = by_path(start.state.params)
     assert_same_bits({path: leaf for path, leaf in found.items() if not lora.is_adapter(path)}, by_path(numbers(base)))
     for path in filter(lora.is_adapter, found):
         np.testing.assert_array_equal(found[path], fresh[path])
