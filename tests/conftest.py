@@ -21,6 +21,7 @@ jax.config.update("jax_enable_x64", False)
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # pytest then looks once more for what was left open
     shutil.rmtree(os.environ["LLM_JAX_CACHE"], ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from llm_jax import cli
 from llm_jax.convert import safetensors
 from llm_jax.errors import Unproven
 from llm_jax.metrics import read_jsonl
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.models.flops import training_flops
 from llm_jax.models.generator import draw, generator_config
 from llm_jax.objectives.masked import ReplacedObjective
@@ -41,7 +41,7 @@ def test_a_padded_id_is_never_drawn():
 @pytest.mark.parametrize("changes", [ELECTRA, ELECTRA | dict(scan_layers=False)], ids=["looped", "unrolled"])
 def test_the_encoder_reads_what_the_generator_drew(changes, x64):
     model, batch = build(encoder(**changes), dtype="float64"), texts(3, 16)
-    params, text = numbers(model), Text.of(batch)
+    params, text = numbers(model), Texts.of(batch)
 
     def fill(tokens, values):
         tokens = tokens.copy()
@@ -77,7 +77,7 @@ def test_without_a_generator_any_token_may_be_drawn():
     batch["tokens"][:], batch["masked_targets"][:] = 7, 7
     hidden = (batch[f"masked_{name}"] for name in ("positions", "targets", "weights", "draws"))
     apply = jax.jit(functools.partial(model.apply, method="replaced_tokens"), compiler_options=QUICK)
-    _, replaced, generator = apply(numbers(model), Text.of(batch), *hidden)
+    _, replaced, generator = apply(numbers(model), Texts.of(batch), *hidden)
     drawn = np.floor(batch["masked_draws"] * 30)
     expected = sum(((drawn != 7) & (batch["masked_weights"] > 0)).reshape(-1))  # places are all different
     assert generator is None and int(replaced.sum()) == expected > 0
@@ -167,7 +167,7 @@ def test_an_export_leaves_the_generator_out(pretrained, tmp_path):
     names = safetensors.read_folder(tmp_path / "hub")
     assert "discriminator_predictions.dense.weight" in names and not any("generator" in name for name in names)
     ours, back = restore.restore(pretrained), restore.restore(tmp_path / "back")
-    text = Text(np.tile(np.arange(12), (8, 1)))  # a row a device
+    text = Texts(np.tile(np.arange(12), (8, 1)))  # a row a device
     one, other = (run.model.apply(run.params, text, method="replaced_logits") for run in (ours, back))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 

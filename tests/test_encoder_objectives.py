@@ -11,7 +11,7 @@ from tiny import QUICK, assert_close, mesh_layout, numbers, slow
 
 from llm_jax.config import DropoutConfig, EncoderConfig
 from llm_jax.models import registry
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.objectives.labelled import LabelledObjective, similarity_losses, span_losses
 from llm_jax.objectives.masked import MaskedObjective, ReplacedObjective, binary_cross_entropy, label_losses
 from llm_jax.precision import Precision
@@ -176,7 +176,7 @@ ALONE = {  # their last block computes what is read alone: 6 places of 12, or 2
     "masked_pairs": dict(num_kv_heads=2, dropout=DROPS, scan_layers=False),
     "text": dict(positions="relative", relative_buckets=8, dropout=DROPS, scan_layers=False),
 }
-MESHES = [dict(fsdp=2, tensor=2), dict(data=2, fsdp=2)]
+MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2)]
 CELLS = [*((head, {}) for head in CASES), *ALONE.items()]
 
 
@@ -256,9 +256,9 @@ def test_a_packed_text_has_the_loss_that_it_has_alone():
             params, text, place, jnp.asarray(target), starts=starts, method="masked_losses"
         )
     )
-    text = Text.of({name: value[row : row + 1] for name, value in batch.items()})
+    text = Texts.of({name: value[row : row + 1] for name, value in batch.items()})
     packed = loss(params, text, place + begin, np.array([[begin]], np.int32))
-    text = Text(alone["tokens"], positions, segments, alone["token_types"])
+    text = Texts(alone["tokens"], positions, segments, alone["token_types"])
     single = loss(params, text, place, np.zeros((1, 1), np.int32))
     np.testing.assert_allclose(packed[0], single[0], rtol=2e-5)
     np.testing.assert_allclose(packed[2], single[2], rtol=2e-5, atol=1e-6)

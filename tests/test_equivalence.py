@@ -131,8 +131,10 @@ def of_model(name, *mesh, **levels):
 
 
 FAMILY_CELLS = {name: family_cells(name) for name in FAMILIES}
-FAMILIES_ALWAYS = {
+FAMILIES_ALWAYS = {  # of "gemma" every part is in another's
     "gemma3": ("fsdp", "ring"),
+    "olmo2": ("fsdp", "tensor"),
+    "deepseek": ("expert", "stage"),
     "neox": ("tensor", "stage"),
     "gpt_oss": ("tensor", "expert"),
 }

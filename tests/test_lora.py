@@ -13,7 +13,7 @@ from llm_jax.config import CheckpointConfig, LoraConfig, OptimConfig, load
 from llm_jax.config.model import check_model
 from llm_jax.errors import ConfigError, UserError
 from llm_jax.models import lora, registry
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.models.flops import training_flops
 from llm_jax.objectives.language import LanguageObjective
 from llm_jax.precision import Precision
@@ -264,7 +264,7 @@ def test_an_encoders_head_trains_beside_adapters(changes):
     heads = {path for path in by_path(model.shapes()) if path.startswith("labels/")}
     assert heads and heads == {path for path in trained if not lora.is_adapter(path)}
     batch = texts(3, 8)
-    scores = model.apply(numbers(model), Text(batch["tokens"]), batch["starts"], method="text_logits")
+    scores = model.apply(numbers(model), Texts(batch["tokens"]), batch["starts"], method="text_logits")
     assert scores.shape == (*batch["starts"].shape, 3)  # relative positions, too few for the mesh, are not split
     with pytest.raises(ConfigError, match="there are .*query"):
         lora.check_targets(LoraConfig(rank=2, targets=("linear",)), model.shapes())

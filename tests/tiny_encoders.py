@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from llm_jax.config import EncoderConfig
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 
 ROTARY = dict(positions="rotary", norm_placement="pre", bias="none", activation="geglu_erf", token_types=0)
 DISENTANGLED = dict(positions="disentangled", relative_buckets=8, relative_max_distance=12, token_types=0)
@@ -23,8 +23,8 @@ def encoder(**changes) -> EncoderConfig:
 
 def call(model, params, features, method, **more):
     """A method of an encoder on a text and whatever else `features` hold."""
-    text = Text(**{name: features[name] for name in Text._fields if name in features})
-    others = {name: value for name, value in features.items() if name not in Text._fields}
+    text = Texts(**{name: features[name] for name in Texts._fields if name in features})
+    others = {name: value for name, value in features.items() if name not in Texts._fields}
     return model.apply(params, text, **others, **more, method=method)
 
 

@@ -23,8 +23,8 @@ from llm_jax.precision import Precision, at_least_float32
 from llm_jax.sharding import Layout
 
 
-class Text(NamedTuple):
-    """Rows of texts, as an encoder reads them.
+class Texts(NamedTuple):
+    """Rows of one text or several each, as an encoder reads them.
 
     Attributes:
       tokens: (B, T) int32.
@@ -42,12 +42,13 @@ class Text(NamedTuple):
     rows: jax.Array | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, jax.Array]) -> "Text":
-        """That of a batch's features; a batch with no "rows" begins at row 0."""
+    def of(cls, batch: Mapping[str, jax.Array]) -> "Texts":
+        """The texts of a batch, from its features; a batch with no "rows" begins at row 0."""
         return cls(batch["tokens"], batch["positions"], batch["segment_ids"], batch["token_types"], batch.get("rows"))
 
     @property
     def row_numbers(self) -> jax.Array:
+        """(B,) int32: `rows`, or each row's place."""
         return jnp.arange(len(self.tokens)) if self.rows is None else self.rows
 
 
@@ -94,26 +95,21 @@ class Encoder(nn.Module):
         if cfg.generator_divisor:
             self.generator = Generator(generator_config(cfg), self.layout, self.precision)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        *,
-        rows: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The hidden states above the last block, (B, T, D), of `Text(tokens, positions, ...)`."""
-        text = Text(tokens, positions, segment_ids, token_types, rows)
-        x, _ = self._hidden(text, dropout_key)
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`hidden` of tokens (B, T) int32, one text a row. Initialized by it, a model has its head's parameters too."""
+        texts = Texts(tokens)
+        x = self.hidden(texts)
         if self.is_initializing():
-            self._make_head(x, text)
+            self._make_head(x, texts)
         return x
+
+    def hidden(self, texts: Texts) -> jax.Array:
+        """The hidden states above the last block, (B, T, D)."""
+        return self._hidden(texts, None)[0]
 
     def masked_losses(
         self,
-        text: Text,
+        texts: Texts,
         masked_positions: jax.Array,
         masked_targets: jax.Array,
         *,
@@ -126,44 +122,44 @@ class Encoder(nn.Module):
           (B, P) at least float32, (B, P) bool, and with `starts` (B, S, 2) logits of pairs, else None.
         """
         read = masked_positions if starts is None else jnp.concatenate([masked_positions, starts], axis=1)
-        x, _ = self._hidden(text, dropout_key, read)
+        x, _ = self._hidden(texts, dropout_key, read)
         masked, firsts = jnp.split(x, [masked_positions.shape[1]], axis=1)
         logits = self._masked_logits(masked)
         loss, _ = cross_entropy(logits, masked_targets)
         pairs = None if starts is None else self.pairs(firsts)
         return loss, logits.argmax(-1) == masked_targets, pairs
 
-    def masked_logits(self, text: Text, masked_positions: jax.Array) -> jax.Array:
+    def masked_logits(self, texts: Texts, masked_positions: jax.Array) -> jax.Array:
         """The logits (B, P, V) of the tokens at places (B, P), V the padded vocabulary; padded ids have -inf."""
-        x, _ = self._hidden(text, None, masked_positions)
+        x, _ = self._hidden(texts, None, masked_positions)
         return self._masked_logits(x)
 
-    def text_logits(self, text: Text, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def text_logits(self, texts: Texts, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Scores of each text, (B, S, num_labels); of a pooled head what a classifier would read, (B, S, D)."""
         mean = self.cfg.head_pooling == "mean"
         read = None if mean else starts
-        x, key = self._hidden(text, dropout_key, read)
-        x = self._mean(x, starts, text.segment_ids) if mean else x
-        return self.labels(x, key, text.row_numbers)
+        x, key = self._hidden(texts, dropout_key, read)
+        x = self._mean(x, starts, texts.segment_ids) if mean else x
+        return self.labels(x, key, texts.row_numbers)
 
-    def token_logits(self, text: Text, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def token_logits(self, texts: Texts, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Scores of each token, (B, T, num_labels)."""
-        x, key = self._hidden(text, dropout_key)
-        return self.labels(x, key, text.row_numbers)
+        x, key = self._hidden(texts, dropout_key)
+        return self.labels(x, key, texts.row_numbers)
 
-    def embeddings(self, text: Text, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def embeddings(self, texts: Texts, starts: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """The mean of each text's hidden states, (B, S, D) (Sentence-BERT, arXiv 1908.10084)."""
-        x, _ = self._hidden(text, dropout_key)
-        return self._mean(x, starts, text.segment_ids)
+        x, _ = self._hidden(texts, dropout_key)
+        return self._mean(x, starts, texts.segment_ids)
 
-    def replaced_logits(self, text: Text, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def replaced_logits(self, texts: Texts, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits of each token's having been exchanged for another, (B, T)."""
-        x, _ = self._hidden(text, dropout_key)
+        x, _ = self._hidden(texts, dropout_key)
         return self.replaced(x)
 
     def replaced_tokens(
         self,
-        text: Text,
+        texts: Texts,
         masked_positions: jax.Array,
         masked_targets: jax.Array,
         masked_weights: jax.Array,
@@ -183,51 +179,51 @@ class Encoder(nn.Module):
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         vocab_size = self.cfg.vocab_size
         if self.cfg.generator_divisor:
-            x, shared = self._embedded(text, keys[0])
+            x, shared = self._embedded(texts, keys[0])
             logits = self.generator(x, self.embedding.head(), shared, masked_positions, keys[1])
             drawn = draw(jax.lax.stop_gradient(logits), masked_draws, vocab_size)
             generator = cross_entropy(logits, masked_targets)[0], logits.argmax(-1) == masked_targets
         else:
             drawn, generator = jnp.floor(masked_draws * vocab_size).astype(jnp.int32), None
-        places = jnp.where(masked_weights > 0, masked_positions, text.tokens.shape[1])  # beyond the row: dropped
-        hidden = jnp.asarray(text.tokens).at[jnp.arange(len(places))[:, None], places]
+        places = jnp.where(masked_weights > 0, masked_positions, texts.tokens.shape[1])  # beyond the row: dropped
+        hidden = jnp.asarray(texts.tokens).at[jnp.arange(len(places))[:, None], places]
         fill = lambda values: hidden.set(values, mode="drop")  # noqa: E731
         seen = fill(drawn)
-        told = self.replaced_logits(text._replace(tokens=seen), dropout_key=keys[2])
+        told = self.replaced_logits(texts._replace(tokens=seen), dropout_key=keys[2])
         return told, seen != fill(masked_targets), generator
 
     # ------------------------------------------------------------------------------------------ the trunk
 
     def _hidden(
-        self, text: Text, dropout_key: jax.Array | None, read: jax.Array | None = None
+        self, texts: Texts, dropout_key: jax.Array | None, read: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """The hidden states (B, T, D), or those at places `read` (B, P), and the key of the head's dropout."""
         cfg = self.cfg
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        x, shared = self._embedded(text, keys[0])
+        x, shared = self._embedded(texts, keys[0])
         if cfg.embedding_dim not in (0, cfg.embed_dim):
             x = self.layout(self.embedding_projection(x), "batch", "residual_length", "embed")
         norm = None if cfg.norm_placement == "post" else self.final_norm
         return hidden_states(self.stack, norm, x, keys[1], shared, read), keys[2]
 
-    def _embedded(self, text: Text, key: jax.Array | None) -> tuple[jax.Array, Shared]:
+    def _embedded(self, texts: Texts, key: jax.Array | None) -> tuple[jax.Array, Shared]:
         """What the first block reads, (B, T, E) before it is projected, and what all blocks do. `key`: of dropout."""
-        cfg, length, rows = self.cfg, text.tokens.shape[1], text.row_numbers
+        cfg, length, rows = self.cfg, texts.tokens.shape[1], texts.row_numbers
         if length > cfg.max_length:
             raise ValueError(f"rows of {length} tokens are longer than model.max_length={cfg.max_length}")
         index = jnp.arange(length)
-        mask = AttentionMask(index, index, text.segment_ids, text.segment_ids, causal=False, in_order=True)
-        x = self._embed(text)
+        mask = AttentionMask(index, index, texts.segment_ids, texts.segment_ids, causal=False, in_order=True)
+        x = self._embed(texts)
         axes = ("batch", "residual_length", "embed")
         x = dropout(self.layout(x, *axes), cfg.dropout.embedding, key, rows, self.layout, *axes, tokens=index)
-        places = jnp.broadcast_to(index[None], text.tokens.shape) if text.positions is None else text.positions
+        places = jnp.broadcast_to(index[None], texts.tokens.shape) if texts.positions is None else texts.positions
         return x, self._shared(mask, rows, places)
 
-    def _embed(self, text: Text) -> jax.Array:
+    def _embed(self, texts: Texts) -> jax.Array:
         """Token + type + position, and their norm: (B, T, D), or narrower where they are projected."""
-        cfg, length = self.cfg, text.tokens.shape[1]
-        positions, token_types = text.positions, text.token_types
-        x = self.embedding(text.tokens)
+        cfg, length = self.cfg, texts.tokens.shape[1]
+        positions, token_types = texts.positions, texts.token_types
+        x = self.embedding(texts.tokens)
         if cfg.embedding_scale:
             x = x * math.sqrt(x.shape[-1])
         if cfg.token_types:
@@ -257,7 +253,7 @@ class Encoder(nn.Module):
 
     # ------------------------------------------------------------------------------------------ the heads
 
-    def _make_head(self, x: jax.Array, text: Text) -> None:
+    def _make_head(self, x: jax.Array, texts: Texts) -> None:
         """Run the head once on the text's hidden states, (B, T, D), so that its parameters are made."""
         match self.cfg.head:
             case "masked" | "masked_pairs":
@@ -265,12 +261,12 @@ class Encoder(nn.Module):
                 if self.cfg.head == "masked_pairs":
                     self.pairs(x)
             case "text" | "token" | "pooled":
-                self.labels(x, None, text.row_numbers)
+                self.labels(x, None, texts.row_numbers)
             case "replaced":
                 self.replaced(x)
         if self.cfg.generator_divisor:
-            embedded, shared = self._embedded(text, None)
-            self.generator(embedded, self.embedding.head(), shared, text.tokens[:, :1], None)
+            embedded, shared = self._embedded(texts, None)
+            self.generator(embedded, self.embedding.head(), shared, texts.tokens[:, :1], None)
 
     def _masked_logits(self, x: jax.Array) -> jax.Array:
         return self.masked(x, self.embedding.head())

@@ -39,7 +39,7 @@ class Model:
         """The same tree, the logical names of each parameter's axes in place of its shape."""
         return jax.tree.map(lambda box: box.names, self._boxes, is_leaf=lambda node: isinstance(node, Axes))
 
-    @functools.cached_property
+    @property
     def _boxes(self) -> Any:
         found = abstract_parameters(self.module, jax.config.jax_enable_x64)
         check_targets(self.cfg.lora, nn.unbox(found))
@@ -66,9 +66,9 @@ def make_parameters(module: nn.Module, key: jax.Array) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def abstract_parameters(module: nn.Module, wide: bool) -> Any:
-    """The same of shapes in place of arrays. It traces the whole model, so once for all models that are equal.
+    """Shapes of `make_parameters`, in the same boxes; the whole model is traced, so once for all that are equal.
 
-    `wide` is jax's own setting of 64 bits, by which float64 is what it says or float32.
+    `wide` is for the memory's sake alone: by jax's setting of 64 bits, float64 is what it says or float32.
     """
     return jax.eval_shape(functools.partial(make_parameters, module), jax.random.key(0))
 

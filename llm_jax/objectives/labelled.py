@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import Config
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.models.registry import Model
 from llm_jax.objectives.base import Batch
 from llm_jax.objectives.masked import binary_cross_entropy, label_losses, real_tokens
@@ -81,7 +81,7 @@ class LabelledObjective:
         """(B, S, L) of texts or (B, T, L) of tokens, float32; of similarity the embeddings, (B, S, D)."""
         method = METHODS.get(self.task, "text_logits")
         of_texts = () if method == "token_logits" else (batch["starts"],)
-        found = model.apply(params, Text.of(batch), *of_texts, dropout_key=dropout_key, method=method)
+        found = model.apply(params, Texts.of(batch), *of_texts, dropout_key=dropout_key, method=method)
         return at_least_float32(found)
 
     def results(self, totals: dict[str, float]) -> dict[str, float]:

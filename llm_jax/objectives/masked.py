@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.config import Config
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.models.registry import Model
 from llm_jax.objectives.base import Batch
 from llm_jax.precision import at_least_float32
@@ -44,7 +44,7 @@ class MaskedObjective:
     ) -> dict[str, jax.Array]:
         loss, correct, pair_logits = model.apply(
             params,
-            Text.of(batch),
+            Texts.of(batch),
             batch["masked_positions"],
             batch["masked_targets"],
             starts=batch["starts"] if self.pairs else None,
@@ -108,7 +108,7 @@ class ReplacedObjective:
     ) -> dict[str, jax.Array]:
         logits, replaced, generator = model.apply(
             params,
-            Text.of(batch),
+            Texts.of(batch),
             batch["masked_positions"],
             batch["masked_targets"],
             batch["masked_weights"],

@@ -19,7 +19,7 @@ from llm_jax.convert.safetensors import Tensor
 from llm_jax.convert.source import Source
 from llm_jax.errors import Unproven, UserError
 from llm_jax.models import lora, registry
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.precision import Precision
 from llm_jax.sharding import Layout
 from llm_jax.training import checkpoint, restore, streamed_check
@@ -157,28 +157,28 @@ def encoder_outputs(run: restore.TrainedModel, params: Any, tokens: Any, length:
     segments = jnp.broadcast_to(jnp.asarray(np.arange(wide) < length, jnp.int32)[None], (rows, wide))
     starts = jnp.zeros((rows, 1), jnp.int32)
     places = jnp.broadcast_to(jnp.asarray(positions)[None], (rows, len(positions)))
-    text = Text(tokens, segment_ids=segments)
+    texts = Texts(tokens, segment_ids=segments)
 
     def everywhere(of_text: jax.Array) -> jax.Array:
         return jnp.broadcast_to(of_text, (rows, len(positions), of_text.shape[-1]))
 
     match model.cfg.head:
         case "masked" | "masked_pairs":
-            logits = model.apply(params, text, places, method="masked_logits")[..., : model.cfg.vocab_size]
+            logits = model.apply(params, texts, places, method="masked_logits")[..., : model.cfg.vocab_size]
             if model.cfg.head == "masked":
                 return logits
-            *_, pairs = model.apply(params, text, places, places, starts=starts, method="masked_losses")
+            *_, pairs = model.apply(params, texts, places, places, starts=starts, method="masked_losses")
             return jnp.concatenate([logits, everywhere(pairs)], -1)
         case "text":
-            return everywhere(model.apply(params, text, starts, method="text_logits"))
+            return everywhere(model.apply(params, texts, starts, method="text_logits"))
         case "token":
-            return model.apply(params, text, method="token_logits")[:, positions]
+            return model.apply(params, texts, method="token_logits")[:, positions]
         case "replaced":
-            return model.apply(params, text, method="replaced_logits")[:, positions, None]
-    hidden = model.apply(params, tokens, segment_ids=segments)[:, positions]
+            return model.apply(params, texts, method="replaced_logits")[:, positions, None]
+    hidden = model.apply(params, texts, method="hidden")[:, positions]
     if model.cfg.head == "embedding":
         return hidden
-    return jnp.concatenate([hidden, everywhere(model.apply(params, text, starts, method="text_logits"))], -1)
+    return jnp.concatenate([hidden, everywhere(model.apply(params, texts, starts, method="text_logits"))], -1)
 
 
 def say_unproven(missing: reference.Missing | None) -> None:

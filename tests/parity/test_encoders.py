@@ -13,7 +13,7 @@ from tiny import quick_compiler
 
 from llm_jax.convert import families, rules, torch_reference
 from llm_jax.errors import Unproven
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.sharding import path_name
 from llm_jax.training import convert, convert_check, restore
 
@@ -124,7 +124,9 @@ def test_padding_types_and_packed_texts(name, tmp_path):
         "token_types": kinds[there],
     }
     batch = {key: np.pad(value, (0, 3))[None].astype(np.int32) for key, value in packed.items()}
-    found = jax.jit(lambda params: run.model.apply(params, **batch))(run.params)[0, : sum(lengths)]
+    found = jax.jit(lambda params: run.model.apply(params, Texts(**batch), method="hidden"))(run.params)[
+        0, : sum(lengths)
+    ]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -140,7 +142,7 @@ def test_the_losses_of_pre_training(tmp_path):
             torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels).long(),
             next_sentence_label=torch.from_numpy(pairs),
         ).loss.item()  # fmt: skip
-    given = (Text(tokens), places, np.take_along_axis(targets, places, 1))
+    given = (Texts(tokens), places, np.take_along_axis(targets, places, 1))
     starts = np.zeros((8, 1), np.int32)
     losses = jax.jit(lambda params: run.model.apply(params, *given, starts=starts, method="masked_losses"))
     loss, _, logits = losses(run.params)

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.data import tokenizers
 from llm_jax.errors import Unproven
-from llm_jax.models.encoder import Text
+from llm_jax.models.encoder import Texts
 from llm_jax.training import convert, restore
 
 pytestmark = pytest.mark.parity
@@ -46,12 +46,12 @@ def test_hidden_states_embeddings_and_the_way_back(tmp_path):
     tokens, there, hidden, means = expected(FOLDER)
     convert.from_hub(str(FOLDER), str(tmp_path / "run"))  # which compares with transformers as well
     run = restore.restore(str(tmp_path / "run"))
-    batch = {"tokens": tokens.astype(np.int32), "segment_ids": there.astype(np.int32)}
-    found = np.asarray(jax.jit(lambda params: run.model.apply(params, **batch))(run.params))
+    batch = Texts(tokens.astype(np.int32), segment_ids=there.astype(np.int32))
+    found = np.asarray(jax.jit(lambda params: run.model.apply(params, batch, method="hidden"))(run.params))
     np.testing.assert_allclose(found[there], hidden[there], rtol=0, atol=1e-4)
 
     starts = np.zeros((len(tokens), 1), np.int32)
-    embed = jax.jit(lambda params: run.model.apply(params, Text(**batch), starts, method="embeddings"))
+    embed = jax.jit(lambda params: run.model.apply(params, batch, starts, method="embeddings"))
     ours = unit(np.asarray(embed(run.params))[:, 0].astype(np.float64))
     np.testing.assert_allclose(ours @ ours.T, unit(means) @ unit(means).T, rtol=0, atol=1e-6)
     np.testing.assert_allclose((ours * unit(means)).sum(-1), 1, rtol=0, atol=1e-6)
