@@ -108,7 +108,8 @@ case ${1:-} in
   test)
     shift
     cd "$root"
-    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile "$@" # a file at a time on each core
+    # A file at a time on each core, by name: first those of whole processes, which take longest
+    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@"
     ;;
   python)
     shift

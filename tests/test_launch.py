@@ -96,7 +96,7 @@ def test_relative_paths_are_the_callers_and_tests_run_in_the_clone(clone, tmp_pa
     clone.lines()
     clone.run("python", "-c", "1", cwd=tmp_path)
     clone.run("test", "-k", "a b", cwd=tmp_path)
-    tests = "-m pytest --numprocesses=auto --dist=loadfile -k a b"
+    tests = "-m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -k a b"
     assert clone.lines() == [f"python in {tmp_path}: -c 1", f"python in {clone.root}: {tests}"]
 
 
