@@ -1,6 +1,9 @@
 """From pre-training to labels: one's own head over another run's trunk, the best checkpoint, early ends, predict."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from llm_jax import cli, config
 from llm_jax.config import EvalConfig
 from llm_jax.errors import ConfigError, DataError
 from llm_jax.metrics import read_jsonl
-from llm_jax.training import checkpoint, report, restore, train
+from llm_jax.training import checkpoint, finetune, report, restore, train
 from llm_jax.training.evaluate import Judge
 from llm_jax.training.heads import origins
 
@@ -126,6 +129,8 @@ def test_a_dry_run_tells_what_another_run_gives_and_whether_it_fits(pretrained, 
     assert line == told and labels == "its head is told as for 2 labels; how many there are the data will say"
     assert cli.main([*dry[:-1], f"--workdir={tuned.workdir}"]) == 0
     assert f"goes on from step {checkpoint.steps(tuned.workdir)[-1]} of" in capsys.readouterr().out.splitlines()[-1]
+    assert cli.main([*dry, "--config.model.scan_layers=True"]) == 0
+    assert '"scan_layers": false' in capsys.readouterr().out  # as the run has its layers
     assert cli.main([*dry, "--config.model.num_layers=2"]) == 2
     assert "does not fit this config: it has no params/stack/block_1/" in capsys.readouterr().err
     assert cli.main([*dry, "--config.precision.params=bfloat16"]) == 2
@@ -191,7 +196,45 @@ def test_predictions_do_not_replace_what_they_are_made_of(tuned, tmp_path, capsy
 def test_predict_is_for_labels(pretrained, tmp_path, capsys):
     (tmp_path / "new.jsonl").write_text('{"text": "a cat"}\n')
     code = cli.main(["predict", f"--workdir={pretrained}", f"--input={tmp_path / 'new.jsonl'}"])
-    assert code == 2 and "predict gives labels, and this run's data.task is 'masked'" in capsys.readouterr().err
+    assert (
+        code == 2
+        and "predict gives labels, and this run's data.task is 'masked'; fine-tune it" in capsys.readouterr().err
+    )
+
+
+def test_texts_in_memory_are_as_many_as_the_run_reads(tuned):
+    assert tuned.predict([]) == []
+    with pytest.raises(DataError, match="row 2: 2 of them where the run reads 1 a record .text."):
+        tuned.predict(["a cat", ("a cat", "a dog")])
+    with pytest.raises(DataError, match="'a cat' is one text where a list of them belongs"):
+        tuned.predict("a cat")
+
+
+def test_records_of_numpy_are_written_as_they_are(tmp_path):
+    records = [{"text": np.str_("a cat"), "label": np.int64(3)}, {"text": "a dog", "label": np.arange(2)}]
+    lines = pathlib.Path(finetune.as_file(records, str(tmp_path), "train")).read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [3, [0, 1]]
+    with pytest.raises(DataError, match="record 1 of train: .* is a set"):
+        finetune.as_file([{"text": "a", "label": {1}}], str(tmp_path), "train")
+
+
+ALONE = """
+import sys, json, llm_jax
+records = [{"text": "a cat", "label": "x"}, {"text": "a dog", "label": "y"}] * 8
+wide = ["precision.params=float64", "precision.compute=float64", "log.trackers="]
+model = llm_jax.finetune(sys.argv[1], records, records, num_train_epochs=1, max_length=16, overrides=wide)
+print(model.evaluate()["eval/loss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_begins_in_float64_stays_there(pretrained):
+    """In a process of its own: 64 bits are a setting of the whole process."""
+    found = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", ALONE, str(pretrained)], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert 0 < float(found.stdout.splitlines()[-1]) < 2 and "truncated" not in found.stderr
 
 
 def test_only_similarity_has_embeddings(tuned, tmp_path, capsys):

@@ -27,7 +27,8 @@ def finetune(
     return ConfigDict(
         dict(
             name=name,
-            # All else is taken from the checkpoint. Layers compiled one by one are faster in small models.
+            # All else is taken from the checkpoint; of a run of yours, scan_layers too. Layers compiled one by one are
+            # faster in small models.
             model=dict(family="encoder", head=HEADS[task], scan_layers=False),
             data=dict(task=task, sequence_length=max_length, **data),
             train=dict(epochs=float(num_train_epochs), global_batch_size=per_device_train_batch_size * num_devices),

@@ -90,7 +90,7 @@ def open_folder(folder: Path) -> Source:
     """Read a folder's config.json. Raises UserError where it is missing, damaged or cannot be said here."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"--from=hf:{folder}: there is no such folder")
+        raise UserError(f"hf:{folder}: there is no such folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -14,7 +14,6 @@ Texts of records with several (choice, similarity) follow one another. Everythin
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import ConfigError, DataError
 
 NAMED = ("classification", "multilabel", "tokens")  # tasks whose labels have names
+LARGEST = float(np.finfo(np.float32).max)  # that a number to be predicted may be
 UNLABELLED = -1  # the id at pieces that no label belongs to
 
 
@@ -229,9 +229,10 @@ class Encoder:
         several = len(given) // max(len(records), 1)
         texts = self._encoder.encode(given)
         for number, text in enumerate(texts):
-            if not (text.sequence == 0).any():
-                raise records[number // several].error(columns.text, "the tokenizer leaves nothing of the text",
-                                                       "leave the row out, or give it a text")  # fmt: skip
+            for place, column in enumerate(columns_of(columns, task)[number % several]):
+                if not (text.sequence == place).any():
+                    raise records[number // several].error(column, "the tokenizer leaves nothing of the text",
+                                                           "leave the row out, or give it a text")  # fmt: skip
         makers: dict[str, Callable[[Record], Any]] = {
             "classification": self._class, "multilabel": self._classes, "regression": self._number,
             "choice": self._choice,
@@ -263,7 +264,7 @@ class Encoder:
         value = record[self.cfg.columns.label]
         try:
             number = float(value)
-            if isinstance(value, bool) or not math.isfinite(number):
+            if isinstance(value, bool) or not abs(number) <= LARGEST:
                 raise ValueError
         except (TypeError, ValueError):
             raise record.error(self.cfg.columns.label, f"{value!r:.40} stands where a finite number belongs",
@@ -303,12 +304,17 @@ def words_of(record: Record, column: str) -> list[str]:
 
 def texts_of(record: Record, columns: ColumnsConfig, task: str) -> list[str | tuple[str, str]]:
     """The texts or pairs of a record that the model reads, one row or segment each."""
-    text = record.text(columns.text)
+    read = [tuple(record.text(column) for column in names) for names in columns_of(columns, task)]
+    return [texts if len(texts) == 2 else texts[0] for texts in read]
+
+
+def columns_of(columns: ColumnsConfig, task: str) -> list[tuple[str, ...]]:
+    """The column of each text, or the two of each pair, that a record has for the model."""
     if task == "choice":
-        return [(text, record.text(column)) for column in columns.choices]
+        return [(columns.text, column) for column in columns.choices]
     if task == "similarity":
-        return [text, *(record.text(column) for column in (columns.pair, columns.negative) if column)]
-    return [(text, record.text(columns.pair)) if columns.pair else text]
+        return [(column,) for column in (columns.text, columns.pair, columns.negative) if column]
+    return [(columns.text, columns.pair) if columns.pair else (columns.text,)]
 
 
 def texts_a_record(cfg: DataConfig) -> int:

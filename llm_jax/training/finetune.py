@@ -10,6 +10,7 @@ It is `llm-jax train` with the keys that configs/bert/finetune_classification.py
 """
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -24,7 +25,7 @@ from llm_jax.config import Config
 from llm_jax.config.schema import LABELLED_TASKS
 from llm_jax.config.tasks import HEADS
 from llm_jax.data import tasks
-from llm_jax.errors import ConfigError
+from llm_jax.errors import ConfigError, DataError
 from llm_jax.training import predict, pretrained, restore, train
 
 Records = str | Sequence[Mapping[str, Any]]  # a file, or dicts by column
@@ -54,7 +55,7 @@ class FineTuned:
         if self._embedder is None:
             known = self._predictor or predict.open_run(self.workdir, embeddings=True)
             self._embedder = predict.Predictor(known.run, known.names, embeddings=True)
-        found = self._embedder(predict.records_of(texts, self.cfg))
+        found = self._embedder(predict.records_of(texts, self._embedder.cfg))
         return np.array([one["embedding"] for one in found]).reshape(len(found), self.cfg.model.embed_dim)
 
 
@@ -132,6 +133,7 @@ def finetune(
     given = config.given("", overrides) | {"model.family"}
     cfg = pretrained.adopt(config.override(cfg, overrides), given)
     config.check(cfg)
+    start_backend(cfg)
     rows = tasks.make_stream(tasks.prepare(cfg.data), cfg.data, cfg.seed).epoch_rows
     epoch = max(rows // cfg.train.global_batch_size, 1)
     cfg = config.override(cfg, [f"eval.every={epoch}", f"checkpoint.every={epoch}", *overrides])
@@ -145,5 +147,16 @@ def as_file(records: Records, workdir: str, name: str) -> str:
         return records
     path = os.path.join(workdir, f"{name}.jsonl")
     with open(path, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(dict(record)) + "\n" for record in records)
+        for number, record in enumerate(records, 1):
+            words = functools.partial(plain, f"record {number} of {name}")
+            stream.write(json.dumps(dict(record), default=words) + "\n")
     return path
+
+
+def plain(where: str, value: Any) -> Any:
+    """A value of numpy's as Python's own, which JSON can say. Raises DataError for one of another kind."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise DataError(
+        f"{where}: {value!r:.40} is a {type(value).__name__}; give text, a number, or a list of them in its place"
+    )

@@ -74,7 +74,8 @@ def learning_rate(cfg: OptimConfig, total_updates: int) -> Callable[[jax.typing.
         case "inverse_sqrt":
             after = lambda i: peak * jnp.sqrt(max(w, 1) / (jnp.maximum(i, 0) + max(w, 1)))  # noqa: E731
     schedule = optax.join_schedules([warmup, after], [w]) if w else after
-    return lambda i: jnp.asarray(schedule(jnp.asarray(i)), jnp.float32)
+    rate = lambda i: jnp.asarray(schedule(jnp.asarray(i)), jnp.float32)  # noqa: E731
+    return lambda i: jnp.maximum(rate(i), 0)  # a line that falls to 0 may be rounded to below it
 
 
 # --------------------------------------------------------------------------------------- what a parameter is

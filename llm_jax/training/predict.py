@@ -20,7 +20,7 @@ from llm_jax.data.labelled_scores import predictions
 from llm_jax.data.progress import Progress
 from llm_jax.data.sources import find_files
 from llm_jax.data.tables import Record, read_table
-from llm_jax.errors import UserError
+from llm_jax.errors import DataError, UserError
 from llm_jax.objectives import registry as objectives
 from llm_jax.training import restore, run_folder
 from llm_jax.training.restore import TrainedModel
@@ -41,9 +41,9 @@ class Predictor:
     def __init__(self, run: TrainedModel, names: Sequence[str], batch_size: int = 0, embeddings: bool = False):
         cfg = of_texts_alone(run.cfg) if embeddings else run.cfg
         if cfg.data.task not in LABELLED_TASKS:
-            raise UserError(
-                f"predict gives labels, and this run's data.task is {cfg.data.task!r}; llm-jax generate continues text"
-            )
+            decoder = cfg.data.task == "language"
+            instead = "llm-jax generate continues text" if decoder else "fine-tune it on labels first"
+            raise UserError(f"predict gives labels, and this run's data.task is {cfg.data.task!r}; {instead}")
         if jax.process_count() > 1:
             raise UserError("predict runs as one process: start it on one machine, without the others")
         numbered = tuple(f"LABEL_{label}" for label in range(run.cfg.model.num_labels))  # of a checkpoint without names
@@ -59,6 +59,8 @@ class Predictor:
 
     def __call__(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """The prediction of each record (`labelled_scores.predictions`)."""
+        if not records:
+            return []
         examples = self._encode(records, labelled=False)
         rows = LabelledRows(examples, self.cfg.data)
         batches = evaluation_batches(rows, self.batch_size, self._layout.batch_rows)
@@ -154,12 +156,22 @@ def opened(output: str) -> Iterator[TextIO]:
 
 
 def records_of(texts: Sequence[Any], cfg: Config) -> list[Record]:
-    """Records of texts, pairs of texts, or dicts by column."""
+    """Records of texts, pairs of texts (tuples), or dicts by column.
+
+    Raises DataError: a single text in place of several, or as many texts in a record as the run does not read.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"{texts!r:.40} is one text where a list of them belongs; put it in brackets")
     columns = cfg.data.columns
+    names = [columns.text, *columns.choices, *filter(None, (columns.pair, columns.negative))]
     found = []
     for number, text in enumerate(texts, 1):
-        values = dict(text) if isinstance(text, dict) else {columns.text: text}
-        if isinstance(text, tuple):
-            values = dict(zip((columns.text, columns.pair), text, strict=True))
+        several = text if isinstance(text, tuple) else (text,)
+        if not isinstance(text, dict) and len(several) != len(names):
+            raise DataError(
+                f"the given texts, row {number}: {len(several)} of them where the run reads {len(names)} a record "
+                f"({', '.join(names)}); give a tuple of as many, or a dict"
+            )
+        values = dict(text) if isinstance(text, dict) else dict(zip(names, several, strict=True))
         found.append(Record("the given texts", number, values, str(number)))
     return found

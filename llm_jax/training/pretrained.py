@@ -38,7 +38,8 @@ def adopt(cfg: Config, given: Collection[str] | None = None) -> Config:
     """`cfg` with the model and the tokenizer of what `checkpoint.init_from` names: a checkpoint of the hub ("hf:PATH")
     or, of an encoder, another run.
 
-    Each key of `model` that was given stays as it is, such as model.dropout.attention; the head is that of the task.
+    Each key of `model` that was given stays as it is, such as model.dropout.attention; the head is that of the task,
+    and layers are stacked (model.scan_layers) as those of the other run.
 
     Args:
       cfg: as the config file and the overrides make it.
@@ -71,6 +72,8 @@ def adopt(cfg: Config, given: Collection[str] | None = None) -> Config:
         plain = cfg.data.task == "masked" and not cfg.data.masking.next_sentence
         theirs = under_head(theirs, fitting[-1] if plain else fitting[0])
         given.discard("model.head")
+        if not name.startswith(HUB):
+            given.discard("model.scan_layers")
     data = dataclasses.replace(cfg.data, tokenizer=tokenizer_of(cfg, folder))
     return dataclasses.replace(cfg, model=laid_over(theirs, ours, given, "model."), data=data)
 
