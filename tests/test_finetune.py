@@ -196,10 +196,8 @@ def test_predictions_do_not_replace_what_they_are_made_of(tuned, tmp_path, capsy
 def test_predict_is_for_labels(pretrained, tmp_path, capsys):
     (tmp_path / "new.jsonl").write_text('{"text": "a cat"}\n')
     code = cli.main(["predict", f"--workdir={pretrained}", f"--input={tmp_path / 'new.jsonl'}"])
-    assert (
-        code == 2
-        and "predict gives labels, and this run's data.task is 'masked'; fine-tune it" in capsys.readouterr().err
-    )
+    told = "predict gives labels, and this run's data.task is 'masked'; fine-tune it"
+    assert code == 2 and told in capsys.readouterr().err
 
 
 def test_texts_in_memory_are_as_many_as_the_run_reads(tuned):
@@ -219,7 +217,7 @@ def test_records_of_numpy_are_written_as_they_are(tmp_path):
 
 
 ALONE = """
-import sys, json, llm_jax
+import sys, llm_jax
 records = [{"text": "a cat", "label": "x"}, {"text": "a dog", "label": "y"}] * 8
 wide = ["precision.params=float64", "precision.compute=float64", "log.trackers="]
 model = llm_jax.finetune(sys.argv[1], records, records, num_train_epochs=1, max_length=16, overrides=wide)

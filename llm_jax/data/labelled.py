@@ -226,10 +226,11 @@ class Encoder:
             labels = [self._piece_labels(*each) for each in zip(records, words, texts, strict=True)] if labelled else []
             return texts, range(len(records)), np.concatenate(labels) if labels else None
         given = [text for record in records for text in texts_of(record, columns, task)]
-        several = len(given) // max(len(records), 1)
+        read = columns_of(columns, task)
+        several = len(read)
         texts = self._encoder.encode(given)
         for number, text in enumerate(texts):
-            for place, column in enumerate(columns_of(columns, task)[number % several]):
+            for place, column in enumerate(read[number % several]):
                 if not (text.sequence == place).any():
                     raise records[number // several].error(column, "the tokenizer leaves nothing of the text",
                                                            "leave the row out, or give it a text")  # fmt: skip
@@ -319,9 +320,7 @@ def columns_of(columns: ColumnsConfig, task: str) -> list[tuple[str, ...]]:
 
 def texts_a_record(cfg: DataConfig) -> int:
     """How many texts each record of a task has."""
-    if cfg.task == "choice":
-        return len(cfg.columns.choices)
-    return 1 + bool(cfg.columns.pair) + bool(cfg.columns.negative) if cfg.task == "similarity" else 1
+    return len(columns_of(cfg.columns, cfg.task))
 
 
 # ------------------------------------------------------------------------------------------------ in a run's folder

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.config.schema import LABELLED_TASKS, SourceConfig
-from llm_jax.data.labelled import NAMED, Encoder
+from llm_jax.data.labelled import NAMED, Encoder, columns_of
 from llm_jax.data.labelled_rows import LabelledRows, evaluation_batches
 from llm_jax.data.labelled_scores import predictions
 from llm_jax.data.progress import Progress
@@ -162,8 +162,7 @@ def records_of(texts: Sequence[Any], cfg: Config) -> list[Record]:
     """
     if isinstance(texts, str):
         raise DataError(f"{texts!r:.40} is one text where a list of them belongs; put it in brackets")
-    columns = cfg.data.columns
-    names = [columns.text, *columns.choices, *filter(None, (columns.pair, columns.negative))]
+    names = list(dict.fromkeys(itertools.chain(*columns_of(cfg.data.columns, cfg.data.task))))
     found = []
     for number, text in enumerate(texts, 1):
         several = text if isinstance(text, tuple) else (text,)

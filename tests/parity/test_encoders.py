@@ -124,10 +124,8 @@ def test_padding_types_and_packed_texts(name, tmp_path):
         "token_types": kinds[there],
     }
     batch = {key: np.pad(value, (0, 3))[None].astype(np.int32) for key, value in packed.items()}
-    found = jax.jit(lambda params: run.model.apply(params, Texts(**batch), method="hidden"))(run.params)[
-        0, : sum(lengths)
-    ]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    hidden = jax.jit(lambda params: run.model.apply(params, Texts(**batch), method="hidden"))
+    np.testing.assert_allclose(hidden(run.params)[0, : sum(lengths)], expected, rtol=0, atol=1e-4)
 
 
 def test_the_losses_of_pre_training(tmp_path):
