@@ -68,7 +68,7 @@ def make_parameters(module: nn.Module, key: jax.Array) -> Any:
 def abstract_parameters(module: nn.Module, wide: bool) -> Any:
     """Shapes of `make_parameters`, in the same boxes; the whole model is traced, so once for all that are equal.
 
-    `wide` is for the memory's sake alone: by jax's setting of 64 bits, float64 is what it says or float32.
+    `wide` (jax_enable_x64) is part of what they are kept under: without it float64 is made float32.
     """
     return jax.eval_shape(functools.partial(make_parameters, module), jax.random.key(0))
 
